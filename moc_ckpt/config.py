@@ -1,0 +1,126 @@
+"""The `moc_checkpoint` section of a ds_config (DESIGN section 12). Pure: neither torch nor deepspeed.
+
+Every key that is listed here works; a key that does not exist is refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moc_ckpt.errors import ConfigError
+
+__all__ = ["CONFIG_KEY", "MocConfig", "RecoveryConfig", "StorageConfig", "TimeoutsConfig", "parse_config"]
+
+CONFIG_KEY = "moc_checkpoint"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StorageConfig(_Section):
+    """How checkpoints lie in storage."""
+
+    checksum: Literal["crc32c"] = Field("crc32c", description="checksum of every fragment and stored chunk")
+    keep_last: int = Field(3, ge=0, description="newest checkpoints that retention keeps; 0 keeps all")
+    keep_every: int = Field(0, ge=0, description="steps; checkpoints at its multiples are kept for ever; 0: none")
+    writer_threads: int = Field(2, ge=1, le=64, description="threads per rank that checksum and write a pack")
+
+
+class RecoveryConfig(_Section):
+    """What `load_checkpoint` may do."""
+
+    require_resume: bool = Field(
+        False, description="raise where nothing is saved, instead of returning (None, None) as DeepSpeed does"
+    )
+    trust_client_state: bool = Field(
+        False,
+        description="let client_state hold any picklable object; loading it then runs code from the checkpoint",
+    )
+
+
+class TimeoutsConfig(_Section):
+    """Deadlines of waits, in seconds."""
+
+    rendezvous_s: float = Field(120.0, gt=0, description="s; all ranks arrive at a save or a load within it")
+    commit_s: float = Field(600.0, gt=0, description="s; all ranks have written (or read) their part within it")
+
+
+class MocConfig(_Section):
+    """All keys of the `moc_checkpoint` section."""
+
+    enabled: bool = Field(False, description="turns the plugin on; off, DeepSpeed behaves as without the package")
+    save_weights: Literal["derive", "sharded"] = Field(
+        "derive",
+        description="derive: 16-bit weights are cast from the masters on load (12 B per parameter); "
+        "sharded: they are stored as well, split over their replicas, for readers that want weights only",
+    )
+    storage: StorageConfig = Field(default_factory=StorageConfig, description="see below")
+    recovery: RecoveryConfig = Field(default_factory=RecoveryConfig, description="see below")
+    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig, description="see below")
+
+
+def parse_config(section: Mapping[str, Any] | None) -> MocConfig:
+    """Validates the section.
+
+    Args:
+        section: value of the key `moc_checkpoint` in a ds_config; None where the key is absent.
+
+    Returns:
+        The validated configuration; disabled where the key is absent.
+
+    Raises:
+        ConfigError: naming every wrong key or value, and the nearest known name of an unknown key.
+    """
+    if section is None:
+        return MocConfig()
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"{CONFIG_KEY} must be an object, got {type(section).__name__} {section!r}",
+            where=f"ds_config, key {CONFIG_KEY!r}",
+            fix=f'write "{CONFIG_KEY}": {{"enabled": true}}',
+        )
+    try:
+        return MocConfig.model_validate(dict(section))
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    problems, fixes, places = [], [], []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        dotted = ".".join([CONFIG_KEY, *path])
+        places.append(dotted)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1])
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5) or _anywhere(path[-1])
+            problems.append(f"unknown key {dotted}")
+            fixes.append(f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}")
+        else:
+            problems.append(f"{dotted}: {item['msg']}, got {item['input']!r}")
+            fixes.append(f"correct {dotted}")
+    return ConfigError("; ".join(problems), where=f"ds_config, {', '.join(places)}", fix="; ".join(fixes))
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = MocConfig
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
+
+
+def _anywhere(name: str) -> list[str]:
+    """Nearest known name in any section, dotted: a key is often right but in the wrong place."""
+    dotted = {}
+    for key, field in MocConfig.model_fields.items():
+        dotted[key] = key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            dotted.update({sub: f"{key}.{sub}" for sub in field.annotation.model_fields})
+    return [dotted[near] for near in difflib.get_close_matches(name, dotted, n=1, cutoff=0.5)]

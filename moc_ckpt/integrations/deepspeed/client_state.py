@@ -1,0 +1,113 @@
+"""The caller's client_state: checked for loadability when it is saved, not at resume."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moc_ckpt.errors import CorruptionError, MocError
+
+__all__ = ["ClientStateError", "decode_client_state", "encode_client_state"]
+
+_TRUST = "moc_checkpoint.recovery.trust_client_state"
+
+
+class ClientStateError(MocError):
+    """client_state holds an object that could not be loaded again."""
+
+
+def encode_client_state(state: Mapping[str, Any], *, trust: bool) -> bytes:
+    """Encodes client_state with torch.save and proves that it loads again.
+
+    Args:
+        state: the caller's dict.
+        trust: allow objects that only a full unpickling restores.
+
+    Raises:
+        ClientStateError: naming the first object that would not load.
+    """
+    try:
+        data = _dump(dict(state))
+    except Exception as error:
+        path, culprit = _find(state, "client_state", _dumps)
+        raise ClientStateError(
+            f"{path} ({_type(culprit)}) cannot be saved: {error}", where=path, fix="leave it out of client_state"
+        ) from error
+    if not trust:
+        try:
+            _load(data, trust=False)
+        except Exception as error:
+            path, culprit = _find(state, "client_state", _loads)
+            raise ClientStateError(
+                f"{path} is a {_type(culprit)}, which torch.load(weights_only=True) will not load",
+                where=path,
+                fix=f"turn it into plain data (numbers, strings, lists, dicts, tensors), or set {_TRUST} to true "
+                "if every writer of the directory is trusted",
+            ) from error
+    return data
+
+
+def decode_client_state(data: bytes, *, trust: bool, where: str) -> dict[str, Any]:
+    """Loads client_state; with `trust` it may run code from the checkpoint.
+
+    Raises:
+        ClientStateError: if it holds objects that need trust.
+        CorruptionError: if it is not a torch.save file.
+    """
+    try:
+        return _load(data, trust=trust)
+    except pickle.UnpicklingError as error:
+        raise ClientStateError(
+            f"client_state needs unpickling: {str(error).splitlines()[0]}",
+            where=where,
+            fix=f"set {_TRUST} to true if every writer of the directory is trusted",
+        ) from error
+    except Exception as error:
+        raise CorruptionError(f"client_state cannot be read: {error}", where=where, fix="load an older tag") from error
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes, *, trust: bool) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not trust)
+
+
+def _dumps(value: Any) -> bool:
+    try:
+        _dump(value)
+    except Exception:
+        return False
+    return True
+
+
+def _loads(value: Any) -> bool:
+    try:
+        _load(_dump(value), trust=False)
+    except Exception:
+        return False
+    return True
+
+
+def _find(value: Any, path: str, good: Any) -> tuple[str, Any]:
+    """Returns path and value of the innermost object that fails."""
+    children: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        children = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        children = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    for child_path, child in children:
+        if not good(child):
+            return _find(child, child_path, good)
+    return path, value
+
+
+def _type(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

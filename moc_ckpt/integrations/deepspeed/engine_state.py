@@ -1,0 +1,99 @@
+"""Engine state beside tensors: counters, schedulers, loss scaler. All as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moc_ckpt.errors import ModelMismatchError
+
+__all__ = ["capture_engine", "restore_counters", "restore_loss_scaler", "restore_schedulers"]
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+# Names under which DeepSpeed's 16-bit optimizers keep their scaling state, over its versions.
+_SCALER_FIELDS = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+    "scale_factor",
+    "scale_window",
+    "delayed_shift",
+    "consecutive_hysteresis",
+    "min_scale",
+    "min_loss_scale",
+)
+
+
+def capture_engine(engine: Any) -> dict[str, Any]:
+    """Returns counters, learning-rate scheduler, loss scaler and data-efficiency state. Not collective."""
+    state: dict[str, Any] = {
+        "counters": {name: int(getattr(engine, name)) for name in _COUNTERS if hasattr(engine, name)},
+        "loss_scaler": {
+            name: _number(getattr(holder, name))
+            for holder in reversed(list(_scalers(engine)))
+            for name in _SCALER_FIELDS
+            if _has_number(holder, name)
+        },
+    }
+    if engine.lr_scheduler is not None and hasattr(engine.lr_scheduler, "state_dict"):
+        state["lr_scheduler"] = engine.lr_scheduler.state_dict()
+    if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
+        state["random_ltd"] = engine.random_ltd_scheduler.state_dict()
+    if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+        state["data_sampler"] = engine.training_dataloader.data_sampler.state_dict()
+    return state
+
+
+def restore_counters(engine: Any, state: dict[str, Any]) -> None:
+    """Restores the step counters, so that the next micro-batch begins an accumulation window."""
+    for name, value in state["counters"].items():
+        setattr(engine, name, value)
+    window = engine.gradient_accumulation_steps()
+    # Gradients of an unfinished window are not saved; a window may also have another length now.
+    engine.micro_steps = -(-engine.micro_steps // window) * window
+
+
+def restore_loss_scaler(engine: Any, state: dict[str, Any]) -> None:
+    """Restores the loss scaler's numbers where this engine has one."""
+    for holder in _scalers(engine):
+        for name, value in state["loss_scaler"].items():
+            if _has_number(holder, name):
+                setattr(holder, name, value)
+
+
+def restore_schedulers(engine: Any, state: dict[str, Any], *, lr: bool) -> None:
+    """Restores the learning-rate scheduler (if asked for), random-LTD and the curriculum's data sampler."""
+    if lr and engine.lr_scheduler is not None and hasattr(engine.lr_scheduler, "load_state_dict"):
+        if "lr_scheduler" not in state:
+            raise ModelMismatchError(
+                "the checkpoint has no learning-rate scheduler, but this run has one",
+                fix="pass load_lr_scheduler_states=False, or configure no scheduler",
+            )
+        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if "random_ltd" in state and engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
+        engine.random_ltd_scheduler.load_state_dict(state["random_ltd"])
+    if "data_sampler" in state and engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+        engine.training_dataloader.data_sampler.load_state_dict(state["data_sampler"])
+
+
+def _scalers(engine: Any) -> Iterator[Any]:
+    """Yields the objects that may hold scaling state, the authoritative one first."""
+    for holder in (
+        getattr(engine.optimizer, "loss_scaler", None),
+        getattr(engine.optimizer, "loss_scale_config", None),
+        engine.optimizer,
+    ):
+        if holder is not None and not isinstance(holder, (int, float)):
+            yield holder
+
+
+def _has_number(holder: Any, name: str) -> bool:
+    # Properties of a wrapper only mirror the scaler's own fields.
+    return name in getattr(holder, "__dict__", {}) and _number(getattr(holder, name)) is not None
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, (bool, int, float)):
+        return value
+    return value.item() if hasattr(value, "item") and getattr(value, "numel", lambda: 1)() == 1 else None

@@ -1,0 +1,103 @@
+"""Hooks into DeepSpeedEngine: three methods are wrapped, nothing else changes.
+
+An engine whose ds_config lacks the key, or says `enabled: false`, runs DeepSpeed's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from moc_ckpt.config import CONFIG_KEY, MocConfig, parse_config
+from moc_ckpt.errors import UnsupportedError
+
+__all__ = ["install"]
+
+_MARK = "_moc_ckpt_wrapped"
+
+
+def install(module: ModuleType) -> None:
+    """Wraps `DeepSpeedEngine` in `deepspeed.runtime.engine`; doing it again changes nothing."""
+    engine_class = module.DeepSpeedEngine
+    if getattr(engine_class, _MARK, False):
+        return
+    setattr(engine_class, _MARK, True)
+    _wrap_init(engine_class)
+    _wrap_method(engine_class, "save_checkpoint", "save")
+    _wrap_method(engine_class, "load_checkpoint", "load")
+
+
+def _wrap_init(engine_class: type) -> None:
+    original = engine_class.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        settings = _settings(args, kwargs)
+        config = parse_config(settings.get(CONFIG_KEY))
+        self.moc = None
+        if config.enabled:
+            _preflight(engine_class, self, settings)
+        original(self, *args, **kwargs)
+        if config.enabled:
+            self.moc = _attach(self, config)
+
+    engine_class.__init__ = __init__  # type: ignore[misc]
+
+
+def _wrap_method(engine_class: type, name: str, ours: str) -> None:
+    original = getattr(engine_class, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        moc = getattr(self, "moc", None)
+        return original(self, *args, **kwargs) if moc is None else getattr(moc, ours)(*args, **kwargs)
+
+    setattr(engine_class, name, method)
+
+
+def _settings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the ds_config of an engine that is about to be built."""
+    config_class = kwargs.get("config_class")
+    settings = getattr(config_class, "_param_dict", None)
+    if settings is None:
+        settings = kwargs.get("config")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _preflight(engine_class: type, engine: Any, settings: Mapping[str, Any]) -> None:
+    import deepspeed
+    from deepspeed.utils import groups
+
+    from moc_ckpt.integrations.deepspeed.preflight import check_settings, check_version
+
+    check_version(deepspeed.__version__, engine_class, groups)
+    check_settings(settings)
+    if type(engine).__name__ != "DeepSpeedEngine" and "Pipeline" in type(engine).__name__:
+        raise UnsupportedError(
+            "moc_checkpoint does not support pipeline parallelism (PP) yet",
+            where=f"engine class {type(engine).__name__}",
+            fix='set "moc_checkpoint": {"enabled": false}, or train without pipeline stages',
+        )
+
+
+def _attach(engine: Any, config: MocConfig) -> Any:
+    from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
+
+    _log_to_stderr()
+    return MocCheckpoint(engine, config)
+
+
+def _log_to_stderr() -> None:
+    """Shows this package's events where the program has set up no logging of its own."""
+    logger = logging.getLogger("moc_ckpt")
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[moc_ckpt] %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,251 @@
+"""Where DeepSpeed's optimizers keep the state of each parameter, read off the live engine.
+
+One function per optimizer class. The truth for flat partitions is a parameter's address inside its
+flat group, not `_hp_mapping`, which is wrong for round-robin gradients and unlinked for experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moc_ckpt.errors import UnsupportedError
+from moc_ckpt.state.catalog import ParamShard, StateGroup, WeightTensor
+from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer
+
+__all__ = ["ModelNames", "base_optimizer", "find_layers", "model_weights", "param_shards", "state_groups"]
+
+
+class ModelNames:
+    """Full names with global expert ids, and the ranks that hold each parameter.
+
+    Args:
+        engine: a DeepSpeed engine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.layers, self._locals = find_layers(engine)
+        self._world = tuple(range(dist.get_world_size()))
+        # Without tensor, pipeline and sequence parallelism (refused at start) every rank holds all dense state.
+        self._names = {id(param): self.globalise(name) for name, param in engine.module.named_parameters()}
+
+    def globalise(self, name: str) -> str:
+        """Returns `name` with the local expert index replaced by the global expert id."""
+        prefix, mark, rest = name.partition(EXPERTS_MARK)
+        if not mark:
+            return name
+        index, _, tail = rest.partition(".")
+        first, _ = self._locals[prefix]
+        return f"{prefix}{mark}{first + int(index)}.{tail}"
+
+    def localise(self, fqn: str) -> str | None:
+        """Returns the module's own name of a global one; None for an expert of another rank."""
+        prefix, mark, rest = fqn.partition(EXPERTS_MARK)
+        if not mark:
+            return fqn
+        index, _, tail = rest.partition(".")
+        first, replicas = self._locals[prefix]
+        count = next(layer.num_experts for layer in self.layers if layer.prefix == prefix)
+        local = count * len(replicas) // len(self._world)
+        return f"{prefix}{mark}{int(index) - first}.{tail}" if first <= int(index) < first + local else None
+
+    def expert_replicas(self, prefix: str) -> tuple[int, ...]:
+        """Returns the ranks of this rank's expert-data-parallel group in the MoE layer at `prefix`."""
+        return self._locals[prefix][1]
+
+    def of(self, param: torch.Tensor) -> str:
+        """Returns the full name of a parameter of the model."""
+        return self._names[id(param)]
+
+    def knows(self, param: torch.Tensor) -> bool:
+        """Tells whether the parameter is one of the model's."""
+        return id(param) in self._names
+
+    def replicas(self, fqn: str) -> tuple[int, ...]:
+        """Returns the global ranks that hold the whole tensor, ascending."""
+        prefix, mark, _ = fqn.partition(EXPERTS_MARK)
+        return self._locals[prefix][1] if mark else self._world
+
+
+def find_layers(engine: Any) -> tuple[tuple[MoELayer, ...], dict[str, tuple[int, tuple[int, ...]]]]:
+    """Finds the MoE layers.
+
+    Returns:
+        The layers in named_modules order, and per layer prefix this rank's first global expert id and
+        the ranks of its expert-data-parallel group (ascending).
+    """
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    layers: list[MoELayer] = []
+    local: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for name, module in engine.module.named_modules():
+        if not isinstance(module, MoE):
+            continue
+        layers.append(MoELayer(len(layers), name, module.num_experts))
+        # The group is asked for its ranks: strides differ with the order of data and expert parallelism.
+        first = groups._get_expert_parallel_rank(module.expert_group_name) * module.num_local_experts
+        ranks = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(module.expert_group_name))
+        local[name] = (first, tuple(sorted(ranks)))
+    return tuple(layers), local
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer that does the update, below DeepSpeed's wrapper."""
+    wrapper = engine.optimizer
+    inner = getattr(wrapper, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else wrapper
+
+
+def state_groups(engine: Any) -> tuple[StateGroup, ...]:
+    """Returns the param groups of the optimizer that does the update, live."""
+    return tuple(StateGroup(group, tuple(group["params"])) for group in base_optimizer(engine).param_groups)
+
+
+def param_shards(engine: Any, names: ModelNames) -> list[ParamShard]:
+    """Returns every trainable parameter of this rank's model with the part of its state that this rank holds.
+
+    Raises:
+        UnsupportedError: if the optimizer wrapper is of an unknown class.
+    """
+    kind = type(engine.optimizer).__name__
+    readers: dict[str, Callable[[Any, ModelNames], Iterator[ParamShard]]] = {
+        "DeepSpeedZeroOptimizer": _zero,
+        "BF16_Optimizer": _bf16,
+        "FP16_Optimizer": _fused_16bit,
+        "FP16_UnfusedOptimizer": _unfused_16bit,
+    }
+    reader = readers.get(kind)
+    if reader is None:
+        if not isinstance(engine.optimizer, torch.optim.Optimizer) or hasattr(engine.optimizer, "optimizer"):
+            raise UnsupportedError(
+                f"DeepSpeed uses {kind}, whose state layout is not known to moc_ckpt",
+                where="engine.optimizer",
+                fix=f"known: {', '.join(readers)} and plain torch optimizers",
+            )
+        reader = _raw
+    return list(reader(engine, names))
+
+
+def model_weights(engine: Any, names: ModelNames) -> list[WeightTensor]:
+    """Returns what no optimizer holds: frozen and empty parameters, and persistent buffers."""
+    optimised = _optimised_ids(engine)
+    found = [
+        WeightTensor(names.globalise(name), param, False, names.replicas(name))
+        for name, param in engine.module.named_parameters()
+        if id(param) not in optimised
+    ]
+    for prefix, module in engine.module.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                fqn = f"{prefix}.{name}" if prefix else name
+                found.append(WeightTensor(names.globalise(fqn), buffer, True, names.replicas(fqn)))
+    return found
+
+
+def _optimised_ids(engine: Any) -> set[int]:
+    wrapper = engine.optimizer
+    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(wrapper, attribute):
+            return {id(param) for group in getattr(wrapper, attribute) for param in group}
+    return {id(param) for group in wrapper.param_groups for param in group["params"] if param.numel()}
+
+
+def _zero(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
+    wrapper = engine.optimizer
+    yield from _flat_partitions(
+        names,
+        params=wrapper.bit16_groups,
+        flats=wrapper.bit16_groups_flat,
+        masters=wrapper.single_partition_of_fp32_groups,
+        process_groups=wrapper.real_dp_process_group,
+    )
+
+
+def _bf16(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
+    wrapper = engine.optimizer
+    yield from _flat_partitions(
+        names,
+        params=wrapper.bf16_groups,
+        flats=wrapper.bf16_groups_flat,
+        masters=wrapper.fp32_groups_flat_partition,
+        process_groups=wrapper.real_dp_process_group,
+    )
+
+
+def _flat_partitions(
+    names: ModelNames,
+    *,
+    params: Sequence[Sequence[torch.Tensor]],
+    flats: Sequence[torch.Tensor],
+    masters: Sequence[torch.Tensor],
+    process_groups: Sequence[Any],
+) -> Iterator[ParamShard]:
+    rank = dist.get_rank()
+    for group, (members, flat, master) in enumerate(zip(params, flats, masters, strict=True)):
+        size = master.numel()
+        low = dist.get_rank(process_groups[group]) * size
+        for param in members:
+            offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
+            # Clamped to the parameter: partitions before or after it hold nothing of it.
+            start = min(max(low - offset, 0), param.numel())
+            stop = min(max(low + size - offset, 0), param.numel())
+            at = offset + start - low if stop > start else 0
+            fqn = names.of(param)
+            yield ParamShard(
+                fqn=fqn,
+                param=param,
+                start=start,
+                stop=stop,
+                master=master.detach().narrow(0, at, stop - start),
+                group=group,
+                state_key=master,
+                state_offset=at,
+                holders=(rank,),
+                replicas=names.replicas(fqn),
+            )
+
+
+def _fused_16bit(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
+    wrapper = engine.optimizer
+    for group, members in enumerate(wrapper.fp16_groups):
+        master = wrapper.fp32_groups_flat[group]
+        flat = wrapper.fp16_groups_flat[group]
+        for param in members:
+            offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
+            yield _whole(names, param, master.detach().narrow(0, offset, param.numel()), group, master, offset)
+
+
+def _unfused_16bit(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
+    wrapper = engine.optimizer
+    for group, members in enumerate(wrapper.fp16_groups):
+        for param, master in zip(members, wrapper.fp32_groups[group], strict=True):
+            yield _whole(names, param, _flat_view(names.of(param), master), group, master, 0)
+
+
+def _raw(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
+    for group, options in enumerate(engine.optimizer.param_groups):
+        for param in options["params"]:
+            if param.numel() and names.knows(param):
+                yield _whole(names, param, _flat_view(names.of(param), param), group, param, 0)
+
+
+def _whole(
+    names: ModelNames, param: torch.Tensor, master: torch.Tensor, group: int, key: torch.Tensor, offset: int
+) -> ParamShard:
+    fqn = names.of(param)
+    replicas = names.replicas(fqn)
+    return ParamShard(fqn, param, 0, param.numel(), master, group, key, offset, replicas, replicas)
+
+
+def _flat_view(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_contiguous():
+        raise UnsupportedError(
+            f"{fqn} of shape {tuple(tensor.shape)} is not contiguous in memory (strides {tensor.stride()})",
+            where="the model's parameters",
+            fix="make it contiguous() before deepspeed.initialize, or use ZeRO, which does",
+        )
+    return tensor.detach().view(-1)

@@ -1,0 +1,241 @@
+"""`engine.save_checkpoint`: every rank writes its part, rank 0 commits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moc_ckpt.errors import ConfigError, CoverageError
+from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
+from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
+from moc_ckpt.integrations.deepspeed.rng import capture_rng, digest_rng
+from moc_ckpt.integrations.deepspeed.view import replicated_items
+from moc_ckpt.persist.writer import SaveId, write_rank
+from moc_ckpt.plan.save_plan import plan_save
+from moc_ckpt.plan.sharding import Replicated, assign_writers
+from moc_ckpt.snapshot.live import LiveSource, byte_view
+from moc_ckpt.state.catalog import Catalog, Entry
+from moc_ckpt.state.fragment import TensorKey
+from moc_ckpt.state.plain import encode_plain
+from moc_ckpt.state.scalars import ScalarRecord, collect_scalars
+from moc_ckpt.state.unit import Version
+from moc_ckpt.storage.checkpoint import check_tag
+from moc_ckpt.storage.checksum import crc32c
+from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology
+
+if TYPE_CHECKING:
+    from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
+
+__all__ = ["CLIENT_STATE", "STATE", "SaveRequest", "rank_file", "save"]
+
+STATE = "state.msgpack"
+CLIENT_STATE = "client_state.pt"
+
+
+def rank_file(rank: int) -> str:
+    """Returns the file name of one rank's own extra state."""
+    return f"rank_{rank:05d}.msgpack"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """The arguments of `engine.save_checkpoint`, which have DeepSpeed's meaning."""
+
+    save_dir: str
+    tag: str
+    client_state: Mapping[str, Any]
+    save_latest: bool
+    exclude_frozen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """What one rank knows before the save and the others need; small and picklable."""
+
+    tag: str
+    save_dir: str
+    step: int
+    load: int
+    replicated: list[Replicated]
+    scalars: list[ScalarRecord]
+    rng: dict[str, str]
+    buffers: dict[str, int]
+    parameters: int
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What one rank keeps to itself between the phases."""
+
+    catalog: Catalog | None = None
+    rng: dict[str, Any] = field(default_factory=dict)
+    client_state: bytes = b""
+    engine_state: dict[str, Any] = field(default_factory=dict)
+
+
+def save(moc: MocCheckpoint, request: SaveRequest) -> Manifest:
+    """Saves a checkpoint; collective, returns on all ranks after the commit.
+
+    Raises:
+        MocError: on every rank if anything failed on any rank; the previous checkpoint is then untouched.
+    """
+    engine, comm = moc.engine, moc.comm
+    stored_weights = moc.stored_weights()
+    prepared = _Prepared()
+    local = comm.exchange("preparing the checkpoint", lambda: _prepare(moc, request, stored_weights, prepared))
+    _check_equal(local)
+    catalog = prepared.catalog
+    assert catalog is not None
+
+    store, attempt, save_id = moc.open_for_save(request.save_dir)
+    writers = assign_writers(
+        (item for reply in local for item in reply.replicated), {rank: reply.load for rank, reply in enumerate(local)}
+    )
+    mine = [entry for entry in _selected(catalog, request) if _writer_of(entry, writers) == comm.rank]
+    plan = plan_save([(entry.fragment, entry.unit) for entry in mine])
+    tensors = [entry.flat() for entry in mine]
+    sources = [LiveSource(pack, [tensors[item.index] for item in pack.fragments]) for pack in plan.packs]
+    extras = _extras(moc, request, catalog, prepared, local, sorted(stored_weights))
+    skipped = {entry.fragment.key for entry in catalog.entries if request.exclude_frozen and entry.frozen}
+    declared = {key: value for key, value in catalog.declared.items() if key not in skipped}
+    ident = SaveId(request.tag, save_id, Version(attempt, engine.global_steps), comm.rank, comm.world)
+    comm.agree(
+        "writing the checkpoint",
+        lambda: write_rank(
+            store, ident, plan, sources, extras, declared, threads=moc.config.storage.writer_threads
+        ),
+    )
+    return moc.commit(
+        store,
+        ident,
+        topology=_topology(moc),
+        moe_layers=[MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in catalog.layers],
+        parameters=sum(reply.parameters for reply in local),
+        save_latest=request.save_latest,
+    )
+
+
+def _prepare(
+    moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset[str], prepared: _Prepared
+) -> _Local:
+    check_tag(request.tag)
+    moc.synchronize()
+    catalog = moc.view.catalog(moc.comm.rank, stored_weights)
+    prepared.catalog = catalog
+    prepared.rng = capture_rng()
+    prepared.engine_state = capture_engine(moc.engine)
+    encode_plain(prepared.engine_state, "engine")
+    if moc.comm.rank == 0:
+        prepared.client_state = encode_client_state(
+            request.client_state, trust=moc.config.recovery.trust_client_state
+        )
+    return _Local(
+        tag=request.tag,
+        save_dir=request.save_dir,
+        step=moc.engine.global_steps,
+        load=sum(entry.fragment.nbytes for entry in catalog.entries if entry.holders == (moc.comm.rank,)),
+        replicated=replicated_items(catalog, skip_frozen=request.exclude_frozen),
+        scalars=collect_scalars(catalog, moc.view.state_of),
+        rng=digest_rng(prepared.rng),
+        buffers={item.fqn: _checksum(item.tensor) for item in catalog.buffers()},
+        parameters=_declared_parameters(catalog),
+    )
+
+
+def _check_equal(local: list[_Local]) -> None:
+    for name in ("tag", "save_dir", "step"):
+        values = {getattr(reply, name): rank for rank, reply in reversed(list(enumerate(local)))}
+        if len(values) > 1:
+            shown = ", ".join(f"{value!r} on rank {rank}" for value, rank in sorted(values.items(), key=lambda x: x[1]))
+            raise ConfigError(
+                f"ranks disagree about {name}: {shown}",
+                where="engine.save_checkpoint",
+                fix="call it with the same arguments at the same step on every rank",
+            )
+
+
+def _selected(catalog: Catalog, request: SaveRequest) -> list[Entry]:
+    return [entry for entry in catalog.entries if not (request.exclude_frozen and entry.frozen)]
+
+
+def _writer_of(entry: Entry, writers: Mapping[TensorKey, int]) -> int:
+    if len(entry.holders) == 1:
+        return entry.holders[0]
+    try:
+        return writers[entry.fragment.key]
+    except KeyError:
+        raise CoverageError(f"no rank offered to write {entry.fragment.fqn} {entry.fragment.kind}") from None
+
+
+def _extras(
+    moc: MocCheckpoint,
+    request: SaveRequest,
+    catalog: Catalog,
+    prepared: _Prepared,
+    local: list[_Local],
+    stored_weights: list[str],
+) -> dict[str, bytes]:
+    rank = moc.comm.rank
+    # The logical value of a buffer is its first replica's; a rank whose own differs keeps it for an equal world.
+    own = {
+        item.fqn: item.tensor.detach()
+        for item in catalog.buffers()
+        if local[item.replicas[0]].buffers.get(item.fqn) != local[rank].buffers[item.fqn]
+    }
+    extras = {rank_file(rank): encode_plain({"rng": prepared.rng, "buffers": own}, "rank state")}
+    if rank == 0:
+        shared = [name for name in local[0].rng if all(reply.rng.get(name) == local[0].rng[name] for reply in local)]
+        state = {
+            "engine": prepared.engine_state,
+            "optimizer": [record for reply in local for record in reply.scalars],
+            "optimizer_class": type(moc.view.optimizer).__name__,
+            "underived": sorted(moc.underived),
+            "stored_weights": stored_weights,
+            "excluded_frozen": request.exclude_frozen,
+            "rng_shared": shared,
+        }
+        extras[STATE] = encode_plain(state, "state")
+        extras[CLIENT_STATE] = prepared.client_state
+    return extras
+
+
+def _declared_parameters(catalog: Catalog) -> int:
+    """Counts the elements of the parameters of which this rank is the first replica."""
+    trained = sum(shard.param.numel() for shard in catalog.shards if shard.replicas[0] == catalog.rank)
+    frozen = sum(
+        item.tensor.numel() for item in catalog.weights if not item.is_buffer and item.replicas[0] == catalog.rank
+    )
+    return trained + frozen
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return int(crc32c(byte_view(tensor.detach().cpu().contiguous().reshape(-1)).numpy()))
+
+
+def _topology(moc: MocCheckpoint) -> Topology:
+    import deepspeed
+
+    engine = moc.engine
+    precision = "bfloat16" if engine.bfloat16_enabled() else "float16" if engine.fp16_enabled() else "float32"
+    names = moc.view.names
+    return Topology(
+        world=moc.comm.world,
+        zero_stage=int(engine.zero_optimization_stage()),
+        expert_parallel={
+            layer.prefix: moc.comm.world // len(names.expert_replicas(layer.prefix)) for layer in names.layers
+        },
+        precision=precision,
+        versions={"moc_ckpt": moc.version, "deepspeed": deepspeed.__version__, "torch": str(torch.__version__)},
+    )
+
+
+def save_dir_text(save_dir: str | os.PathLike[str]) -> str:
+    """Returns the directory as text; raises ValueError where it is empty, as DeepSpeed does."""
+    text = os.fspath(save_dir) if save_dir else ""
+    if not text:
+        raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+    return str(text)

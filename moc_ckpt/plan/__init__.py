@@ -1,0 +1,1 @@
+"""Who saves what: pure planning, without torch or deepspeed."""

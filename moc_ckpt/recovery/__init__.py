@@ -1,0 +1,1 @@
+"""From what storage holds back to live state."""

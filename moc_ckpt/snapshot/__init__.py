@@ -1,0 +1,1 @@
+"""Device to host: live tensors as bytes."""

@@ -1,0 +1,1 @@
+"""What exists: fragments, units, the catalog. `fragment` and `unit` are pure; the rest needs torch."""

@@ -1,0 +1,174 @@
+"""Scalar state of the optimizer, made layout-free: hyper-parameters and step counts per parameter name.
+
+ZeRO keeps one `step` per flat partition, a raw optimizer one per parameter, FusedAdam one per group.
+A record therefore says, for a set of parameters, what their group's options and their own scalars are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from moc_ckpt.errors import ModelMismatchError
+from moc_ckpt.state.catalog import Catalog
+from moc_ckpt.state.plain import encode_plain
+
+__all__ = ["ScalarRecord", "apply_scalars", "collect_scalars", "index_scalars"]
+
+logger = logging.getLogger(__name__)
+
+ScalarRecord = dict[str, Any]
+"""`{"fqns": [...], "options": {...}, "scalars": {...}}`, plain data."""
+
+# What names the group, or picks an implementation, belongs to the run that loads, not to the training.
+_LAYOUT_KEYS = frozenset({"params", "name", "moe", "foreach", "fused", "capturable", "differentiable"})
+
+
+def collect_scalars(
+    catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping[str, Any]], only_declared: bool = True
+) -> list[ScalarRecord]:
+    """Returns the records of this rank's parameters.
+
+    Args:
+        catalog: this rank's catalog.
+        state_of: returns the optimizer's state under a key.
+        only_declared: leave out parameters of which another rank is the first replica.
+
+    Raises:
+        NotPlainError: if a group has an option that is not plain data.
+    """
+    records: dict[tuple[int, bytes], ScalarRecord] = {}
+    for shard in catalog.shards:
+        if only_declared and shard.replicas[0] != catalog.rank:
+            continue
+        group = catalog.groups[shard.group]
+        key = shard.state_key if shard.state_key is not None else group.keys[0]
+        kinds = catalog.moment_kinds[shard.group]
+        scalars = {name: value for name, value in state_of(key).items() if name not in kinds}
+        encoded = encode_plain(scalars, f"optimizer.state[{shard.fqn}]")
+        record = records.get((shard.group, encoded))
+        if record is None:
+            options = {name: value for name, value in group.options.items() if name not in _LAYOUT_KEYS}
+            encode_plain(options, f"optimizer.param_groups[{shard.group}]")
+            record = {"fqns": [], "options": _detached(options), "scalars": _detached(scalars)}
+            records[(shard.group, encoded)] = record
+        record["fqns"].append(shard.fqn)
+    return list(records.values())
+
+
+def index_scalars(records: Iterable[ScalarRecord]) -> dict[str, ScalarRecord]:
+    """Returns the record of each parameter name."""
+    return {fqn: record for record in records for fqn in record["fqns"]}
+
+
+def apply_scalars(
+    catalog: Catalog,
+    records: Mapping[str, ScalarRecord],
+    state_of: Callable[[torch.Tensor], dict[str, Any]],
+    *,
+    check_only: bool = False,
+) -> None:
+    """Restores options and scalars into this rank's optimizer.
+
+    Args:
+        catalog: this rank's catalog.
+        records: from `index_scalars`; parameters that it lacks are left alone.
+        state_of: returns the optimizer's live state under a key.
+        check_only: raise what would be raised, but touch nothing.
+
+    Raises:
+        ModelMismatchError: if parameters of one group had different options when they were saved.
+    """
+    by_group: dict[int, list[ScalarRecord]] = {}
+    by_key: dict[int, tuple[torch.Tensor, list[ScalarRecord]]] = {}
+    for shard in catalog.shards:
+        record = records.get(shard.fqn)
+        if record is None:
+            continue
+        known = by_group.setdefault(shard.group, [])
+        if all(record is not other for other in known):
+            known.append(record)
+        keys = (shard.state_key,) if shard.state_key is not None else catalog.groups[shard.group].keys
+        for key in keys:
+            sources = by_key.setdefault(id(key), (key, []))[1]
+            if all(record is not other for other in sources):
+                sources.append(record)
+    for index, found in by_group.items():
+        first = found[0]
+        for other in found[1:]:
+            differ = [name for name in first["options"] if not _equal(first["options"][name], other["options"].get(name))]
+            # `step` is a count, not an option, though FusedAdam keeps it there.
+            differ = [name for name in differ if name != "step"]
+            if differ:
+                raise ModelMismatchError(
+                    f"param group {index} joins parameters that were saved with different {', '.join(differ)}",
+                    where=f"{first['fqns'][0]} and {other['fqns'][0]}",
+                    fix="group the parameters as in the run that saved the checkpoint",
+                )
+    if check_only:
+        return
+    for index, found in by_group.items():
+        options = catalog.groups[index].options
+        for name in found[0]["options"]:
+            if name in options or name == "initial_lr":
+                _assign(options, name, _latest(name, [record["options"].get(name) for record in found]))
+    for key, sources in by_key.values():
+        state = state_of(key)
+        for name in sources[0]["scalars"]:
+            if name in state and name != "step":
+                _assign(state, name, _latest(name, [record["scalars"].get(name) for record in sources]))
+        _apply_step(catalog, key, state, sources)
+
+
+def _apply_step(catalog: Catalog, key: torch.Tensor, state: dict[str, Any], sources: list[ScalarRecord]) -> None:
+    """Restores the step count: torch keeps it in the state, FusedAdam in the group; either may have saved it."""
+    counts = [record["scalars"].get("step", record["options"].get("step")) for record in sources]
+    counts = [count for count in counts if count is not None]
+    if not counts:
+        return
+    count = _latest("step", counts)
+    if "step" in state:
+        _assign(state, "step", count)
+    else:
+        group = next(group for group in catalog.groups if any(key is other for other in group.keys))
+        group.options["step"] = int(count)
+
+
+def _latest(name: str, values: list[Any]) -> Any:
+    """One value for a key that covers several parameters: equal values, or the largest count."""
+    first = values[0]
+    if all(_equal(first, other) for other in values[1:]):
+        return first
+    if name == "step":
+        # Parameters that never had a gradient count 0; their moments are zeros, so the bias correction is moot.
+        logger.info("parameters with different step counts share optimizer state now: the largest count is used")
+        return max((value for value in values if value is not None), key=float)
+    raise ModelMismatchError(f"parameters that share optimizer state now were saved with different {name!r}: {values}")
+
+
+def _assign(target: dict[str, Any], name: str, value: Any) -> None:
+    current = target.get(name)
+    if isinstance(current, torch.Tensor):
+        current.copy_(torch.as_tensor(value, dtype=current.dtype))
+    elif isinstance(value, torch.Tensor):
+        # A scalar saved as a tensor, kept as a number here (torch and DeepSpeedCPUAdam keep `step` differently).
+        number = value.item() if value.numel() == 1 else value.clone()
+        target[name] = type(current)(number) if isinstance(current, (int, float)) else value.clone()
+    else:
+        target[name] = value
+
+
+def _detached(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
+        return left is not None and right is not None and torch.equal(torch.as_tensor(left), torch.as_tensor(right))
+    return bool(left == right)

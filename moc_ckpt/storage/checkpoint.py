@@ -1,0 +1,299 @@
+"""Where the files of a checkpoint lie, and reading what exists (DESIGN section 10)."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+from typing import NoReturn
+
+from moc_ckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, StorageError, UnsupportedError
+from moc_ckpt.storage.checksum import crc32c
+from moc_ckpt.storage.manifest import ExtraRecord, Manifest, Part, decode_manifest, decode_part, encode_part
+from moc_ckpt.storage.store import Store
+
+__all__ = [
+    "ATTEMPTS",
+    "EVENTS",
+    "LATEST",
+    "LOCK",
+    "CheckpointSummary",
+    "check_save_id",
+    "check_tag",
+    "extra_key",
+    "latest_tag",
+    "list_checkpoints",
+    "list_tags",
+    "load_manifest",
+    "manifest_key",
+    "new_save_id",
+    "pack_key",
+    "part_key",
+    "read_extra",
+    "read_parts",
+    "save_prefix",
+    "write_extra",
+    "write_part",
+]
+
+LATEST = "latest"
+ATTEMPTS = "attempts"
+EVENTS = "events"
+LOCK = "commit.lock"
+"""Held by a commit, by the opening of an attempt and by garbage collection."""
+_MANIFEST = "manifest.json"
+_RESERVED = frozenset({LATEST, ATTEMPTS, EVENTS, LOCK, "lock"})
+_SAVE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+_PART = re.compile(r"/parts/rank_(\d{5,})\.json$")
+_NATIVE = re.compile(r"(_model_states|_optim_states)\.pt$")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """One committed checkpoint in a directory.
+
+    Attributes:
+        tag: its name.
+        step: engine.global_steps.
+        attempt: attempt that committed it.
+        created: time of the commit in seconds since 1970; 0.0 if the manifest cannot be read.
+        save_id: the save that it is from.
+        nbytes: bytes of all tensors.
+        stored_bytes: bytes of the packs of this tag itself, and of its extra files.
+        parameters: number of parameters.
+        error: why the manifest cannot be read; empty if it can.
+    """
+
+    tag: str
+    step: int
+    attempt: int
+    created: float
+    save_id: str
+    nbytes: int
+    stored_bytes: int
+    parameters: int
+    error: str = ""
+
+
+def check_tag(tag: str) -> str:
+    """Returns `tag` if it can name a checkpoint: one path component that nothing else uses.
+
+    Raises:
+        StorageError: if it cannot.
+    """
+    if not tag or "/" in tag or "\\" in tag or "\0" in tag or tag.startswith(".") or tag in _RESERVED:
+        raise StorageError(
+            f"{tag!r} cannot be the name (tag) of a checkpoint",
+            fix=f"use a name without '/' that does not start with '.' and is none of {', '.join(sorted(_RESERVED))}",
+        )
+    return tag
+
+
+def new_save_id() -> str:
+    """Returns a random id for a save."""
+    return uuid.uuid4().hex
+
+
+def check_save_id(save_id: str) -> str:
+    """Returns `save_id` if it can be one.
+
+    Raises:
+        StorageError: if it cannot.
+    """
+    if not _SAVE_ID.match(save_id):
+        raise StorageError(f"{save_id!r} is not a save id", fix="use what new_save_id() returns")
+    return save_id
+
+
+def save_prefix(tag: str, save_id: str) -> str:
+    """Returns the directory of one save."""
+    return f"{check_tag(tag)}/{check_save_id(save_id)}"
+
+
+def manifest_key(tag: str) -> str:
+    """Returns the key of a checkpoint's manifest."""
+    return f"{check_tag(tag)}/{_MANIFEST}"
+
+
+def part_key(tag: str, save_id: str, rank: int) -> str:
+    """Returns the key of what one rank reports about its part of a save."""
+    return f"{save_prefix(tag, save_id)}/parts/rank_{rank:05d}.json"
+
+
+def pack_key(tag: str, save_id: str, rank: int, which: str) -> str:
+    """Returns the directory of a pack; `which` is `dense` or `experts`."""
+    if which not in ("dense", "experts"):
+        raise ValueError(f"a pack is 'dense' or 'experts', not {which!r}")
+    return f"{save_prefix(tag, save_id)}/packs/rank_{rank:05d}.{which}"
+
+
+def extra_key(tag: str, save_id: str, name: str) -> str:
+    """Returns the key of a file beside the packs; `name` may contain '/'."""
+    return f"{save_prefix(tag, save_id)}/extra/{name}"
+
+
+def write_part(store: Store, part: Part) -> None:
+    """Publishes what one rank wrote, after its packs are durable.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    store.write(part_key(part.tag, part.save_id, part.rank), encode_part(part))
+
+
+def read_parts(store: Store, tag: str, save_id: str) -> list[Part]:
+    """Returns the parts of a save that are there, by rank.
+
+    Raises:
+        CorruptionError: if one is damaged.
+        FormatError: if one is of a newer format version.
+    """
+    parts = []
+    for key in store.list(f"{save_prefix(tag, save_id)}/parts"):
+        data = store.read(key) if _PART.search(key) else None
+        if data is not None:
+            parts.append(decode_part(data, store.locate(key)))
+    return sorted(parts, key=lambda part: part.rank)
+
+
+def write_extra(store: Store, tag: str, save_id: str, name: str, data: bytes) -> ExtraRecord:
+    """Writes a file beside the packs.
+
+    Returns:
+        Its record, for the part.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    key = extra_key(tag, save_id, name)
+    store.write(key, data)
+    return ExtraRecord(key, len(data), crc32c(data))
+
+
+def read_extra(store: Store, record: ExtraRecord) -> bytes:
+    """Returns the bytes of a file beside the packs, checked.
+
+    Raises:
+        CorruptionError: if it is missing or damaged.
+    """
+    data = store.read(record.path)
+    where = store.locate(record.path)
+    fix = "restore from another checkpoint (`moc-ckpt inspect` lists them)"
+    if data is None:
+        raise CorruptionError("a file of the checkpoint is missing", where=where, fix=fix)
+    if len(data) != record.nbytes:
+        raise CorruptionError(f"the file has {len(data):,} bytes instead of {record.nbytes:,}", where=where, fix=fix)
+    if (actual := crc32c(data)) != record.crc32c:
+        raise CorruptionError(
+            f"checksum mismatch: stored crc32c {record.crc32c:08x}, data has {actual:08x}", where=where, fix=fix
+        )
+    return data
+
+
+def latest_tag(store: Store) -> str | None:
+    """Returns the tag that `latest` names, None if there is no such file."""
+    data = store.read(LATEST)
+    if data is None:
+        return None
+    try:
+        return data.decode().strip() or None
+    except UnicodeDecodeError:
+        raise CorruptionError(
+            "the file `latest` is damaged", where=store.locate(LATEST), fix="name the tag that you want"
+        ) from None
+
+
+def list_tags(store: Store) -> list[str]:
+    """Returns the tags that have a manifest, readable or not, sorted by name."""
+    names = [name for name in store.list_dirs() if name not in _RESERVED and not name.startswith(".")]
+    return [name for name in names if store.exists(manifest_key(name))]
+
+
+def list_checkpoints(store: Store) -> list[CheckpointSummary]:
+    """Returns the committed checkpoints, the newest commit first; those that cannot be read come last.
+
+    Raises:
+        StorageError: if the store cannot be listed.
+    """
+    found = []
+    for tag in list_tags(store):
+        try:
+            found.append(_summarize(load_manifest(store, tag)))
+        except StorageError as exc:
+            found.append(CheckpointSummary(tag, 0, 0, 0.0, "", 0, 0, 0, error=exc.what))
+    return sorted(found, key=lambda item: (item.attempt, item.created, item.step), reverse=True)
+
+
+def _summarize(manifest: Manifest) -> CheckpointSummary:
+    own = f"{manifest.tag}/{manifest.save_id}/"
+    stored = sum(pack.stored_bytes for pack in manifest.packs if pack.path.startswith(own))
+    return CheckpointSummary(
+        tag=manifest.tag,
+        step=manifest.step,
+        attempt=manifest.attempt,
+        created=manifest.created,
+        save_id=manifest.save_id,
+        nbytes=manifest.nbytes,
+        stored_bytes=stored + sum(extra.nbytes for extra in manifest.extra.values()),
+        parameters=manifest.parameters,
+    )
+
+
+def load_manifest(store: Store, tag: str) -> Manifest:
+    """Reads the manifest of a checkpoint.
+
+    Args:
+        store: the checkpoint root.
+        tag: the checkpoint's name.
+
+    Returns:
+        The manifest, checked.
+
+    Raises:
+        CheckpointNotFoundError: if there is no such checkpoint; lists those that there are, and says if a save with
+            this tag was not finished.
+        UnsupportedError: if DeepSpeed itself wrote the checkpoint.
+        CorruptionError: if it is damaged.
+        FormatError: if it is of a newer format version.
+    """
+    key = manifest_key(tag)
+    data = store.read(key)
+    if data is None:
+        _explain_missing(store, tag)
+    manifest = decode_manifest(data, store.locate(key))
+    if manifest.tag != tag:
+        raise FormatError(
+            f"the manifest is of checkpoint {manifest.tag!r}, not {tag!r}",
+            where=store.locate(key),
+            fix=f"name the directory {manifest.tag!r} again: manifests refer to each other by tag",
+        )
+    return manifest
+
+
+def _explain_missing(store: Store, tag: str) -> NoReturn:
+    if not store.root_exists():
+        raise CheckpointNotFoundError(
+            "the checkpoint directory does not exist", where=store.url, fix="check the path and the mount"
+        )
+    keys = store.list(tag)
+    if any(_NATIVE.search(key) for key in keys):
+        raise UnsupportedError(
+            f"checkpoint {tag!r} was written by DeepSpeed itself; this package does not read that format yet",
+            where=store.locate(tag),
+            fix="load it with the plugin switched off (moc_checkpoint.enabled: false), then save with it switched on",
+        )
+    tags = list_tags(store)
+    there = f"there are: {', '.join(tags)}" if tags else "there is no checkpoint in this directory"
+    saves = sorted({key.split("/")[1] for key in keys if _PART.search(key) or "/packs/" in key})
+    if saves:
+        raise CheckpointNotFoundError(
+            f"checkpoint {tag!r} was not finished: {_count_parts(keys)}, but it was never committed",
+            where=store.locate(tag),
+            fix=f"`moc-ckpt recover` commits it if all ranks finished; otherwise use another one ({there})",
+        )
+    raise CheckpointNotFoundError(f"there is no checkpoint {tag!r}", where=store.url, fix=there)
+
+
+def _count_parts(keys: list[str]) -> str:
+    count = len({key for key in keys if _PART.search(key)})
+    return f"{count} rank{'s' if count != 1 else ''} wrote a part"

@@ -1,0 +1,186 @@
+"""Commit: the moment at which a save becomes a checkpoint (invariants I1, I4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from moc_ckpt.errors import StaleAttemptError, StorageError
+from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
+from moc_ckpt.storage.checkpoint import (
+    ATTEMPTS,
+    LATEST,
+    LOCK,
+    check_tag,
+    latest_tag,
+    list_checkpoints,
+    load_manifest,
+    manifest_key,
+    read_parts,
+)
+from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Part, Topology, encode_manifest
+from moc_ckpt.storage.merge import merge_parts, missing_experts
+from moc_ckpt.storage.pack_read import PackReader
+from moc_ckpt.storage.store import Store
+
+__all__ = ["check_current", "commit"]
+
+_CHECKS_AT_ONCE = 8
+
+
+def commit(
+    store: Store,
+    tag: str,
+    save_id: str,
+    world: int,
+    *,
+    attempt: int,
+    topology: Topology,
+    moe_layers: Sequence[MoELayerRecord],
+    parameters: int,
+    save_latest: bool = True,
+    ledger: dict[str, Any] | None = None,
+    base: Sequence[Manifest] | None = None,
+    timeout_s: float = 60.0,
+) -> Manifest:
+    """Publishes a save whose parts are all there.
+
+    A save that is already committed is left as it is, so several may try. Holds the directory's lock, so that neither
+    garbage collection nor a new attempt comes in between.
+
+    Args:
+        store: the checkpoint root.
+        tag: the checkpoint's name.
+        save_id: the save; parts of others are ignored.
+        world: number of ranks.
+        attempt: the attempt that commits; must be the newest one.
+        topology: the run that saves.
+        moe_layers: the model's MoE layers.
+        parameters: number of parameters.
+        save_latest: let `latest` name this checkpoint.
+        ledger: the lost-token ledger as plain data.
+        base: older checkpoints to take those experts from that no part holds; None: as many of this directory as
+            needed, the newest commit first.
+        timeout_s: seconds to wait for the lock.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        StaleAttemptError: if a newer attempt owns the directory.
+        CoverageError: if parts are missing or do not make a whole checkpoint.
+        CorruptionError: if a pack that it needs is missing or has the wrong size.
+        StorageError: if the store cannot be written or the lock is taken.
+    """
+    check_tag(tag)
+    with store.lock(LOCK, timeout_s):
+        check_current(store, attempt)
+        done = _already_committed(store, tag, save_id)
+        if done is not None:
+            if save_latest and _is_newest(store, done):
+                store.write(LATEST, tag.encode())
+            return done
+        parts = [part for part in read_parts(store, tag, save_id) if part.save_id == save_id]
+        _check_world(parts, world, f"{tag}/{save_id}")
+        line = ancestry(store, attempt)
+        step = parts[0].step if parts else 0
+        if base is None:
+            base = _find_base(store, missing_experts(parts, moe_layers), step, line)
+        manifest = merge_parts(
+            parts,
+            topology=topology,
+            moe_layers=moe_layers,
+            parameters=parameters,
+            created=time.time(),
+            base=base,
+            is_admissible=lambda version: admissible(version, line),
+            ledger=ledger,
+        )
+        _check_files(store, manifest)
+        store.write(manifest_key(tag), encode_manifest(manifest))
+        if save_latest:
+            store.write(LATEST, tag.encode())
+    return manifest
+
+
+def check_current(store: Store, attempt: int) -> None:
+    """Raises unless `attempt` is the newest attempt of the directory.
+
+    Raises:
+        StaleAttemptError: if it is not.
+    """
+    newest = current_attempt(store)
+    if newest is None or newest.attempt != attempt:
+        found = f"attempt {newest.attempt}" if newest else "no attempt at all"
+        raise StaleAttemptError(
+            f"attempt {attempt} may not publish here: the directory belongs to {found}",
+            where=store.locate(ATTEMPTS),
+            fix="another run was started on this directory; stop one of the two, or give it another save_dir",
+        )
+
+
+def _already_committed(store: Store, tag: str, save_id: str) -> Manifest | None:
+    """Returns the manifest if this very save is committed (a damaged or other manifest is going to be replaced)."""
+    try:
+        manifest = load_manifest(store, tag) if store.exists(manifest_key(tag)) else None
+    except StorageError:
+        return None
+    return manifest if manifest is not None and manifest.save_id == save_id else None
+
+
+def _is_newest(store: Store, manifest: Manifest) -> bool:
+    """Tells whether `latest` should name this commit; a crash may have come between manifest and `latest`."""
+    newest = next((item for item in list_checkpoints(store) if not item.error), None)
+    return newest is not None and newest.tag == manifest.tag and latest_tag(store) != manifest.tag
+
+
+def _check_world(parts: Sequence[Part], world: int, where: str) -> None:
+    for part in parts:
+        if part.world != world:
+            raise StorageError(
+                f"rank {part.rank} wrote its part in a world of {part.world} ranks, the commit is of {world}",
+                where=where,
+                fix="no checkpoint was committed; save again",
+            )
+
+
+def _find_base(store: Store, missing: set[str], step: int, line: list[tuple[int, int | None]]) -> list[Manifest]:
+    """Returns older checkpoints, newest commit first, until every missing expert was seen in one.
+
+    Versions of an expert only grow along a timeline, so the newest commit that has an admissible one has the best.
+    """
+    base: list[Manifest] = []
+    left = set(missing)
+    if not left:
+        return base
+    for summary in list_checkpoints(store):
+        if summary.error:
+            continue
+        manifest = load_manifest(store, summary.tag)
+        found = {
+            unit.name
+            for unit in manifest.units
+            if unit.name in left and unit.step <= step and admissible(unit.version, line)
+        }
+        if found:
+            base.append(manifest)
+            left -= found
+        if not left:
+            break
+    return base
+
+
+def _check_files(store: Store, manifest: Manifest) -> None:
+    """Checks that every file the manifest needs is there with the right size."""
+    for extra in manifest.extra.values():
+        if not store.exists(extra.path):
+            raise StorageError(
+                "a file that a rank reported is not there",
+                where=store.locate(extra.path),
+                fix="check that all nodes mount the same directory",
+            )
+    with ThreadPoolExecutor(_CHECKS_AT_ONCE, thread_name_prefix="moc-commit") as workers:
+        for _ in workers.map(lambda pack: PackReader(store, pack.path, pack.nbytes).check(), manifest.packs):
+            pass

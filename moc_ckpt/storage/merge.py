@@ -1,0 +1,232 @@
+"""Parts of all ranks -> one manifest (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+from moc_ckpt.errors import CoverageError, MocError, StorageError
+from moc_ckpt.plan.coverage import check_coverage, check_experts
+from moc_ckpt.state.unit import Version, expert_unit, parse_expert_unit
+from moc_ckpt.storage.manifest import (
+    ExtraRecord,
+    FragmentTable,
+    Manifest,
+    MoELayerRecord,
+    PackRecord,
+    Part,
+    TensorRecord,
+    Topology,
+    UnitRecord,
+)
+
+__all__ = ["merge_parts", "missing_experts"]
+
+_R = TypeVar("_R")
+
+
+class _Index(Generic[_R]):
+    """A list of distinct records with their positions."""
+
+    def __init__(self, name: Callable[[_R], Hashable], clash: Callable[[_R, _R], MocError]) -> None:
+        self.records: list[_R] = []
+        self._positions: dict[Hashable, int] = {}
+        self._name = name
+        self._clash = clash
+
+    def add(self, record: _R) -> int:
+        position = self._positions.setdefault(self._name(record), len(self.records))
+        if position == len(self.records):
+            self.records.append(record)
+        elif self.records[position] != record:
+            raise self._clash(self.records[position], record)
+        return position
+
+
+def _tensor_clash(one: TensorRecord, other: TensorRecord) -> MocError:
+    return CoverageError(
+        f"ranks disagree about {one.fqn} ({one.kind}): {one.dtype} {one.shape} and {other.dtype} {other.shape}",
+        where=f"{one.fqn} ({one.kind})",
+        fix="check that all ranks run the same model code and configuration",
+    )
+
+
+def _unit_clash(one: UnitRecord, other: UnitRecord) -> MocError:
+    return CoverageError(
+        f"ranks wrote different versions of {one.name}: step {one.step} of attempt {one.attempt} and step {other.step} "
+        f"of attempt {other.attempt} (tokens {one.tokens} and {other.tokens})",
+        where=one.name,
+        fix="no checkpoint was committed; the next save writes the unit again",
+    )
+
+
+def _pack_clash(one: PackRecord, other: PackRecord) -> MocError:
+    return StorageError(
+        f"two records of one pack differ: {one.nbytes} and {other.nbytes} bytes",
+        where=one.path,
+        fix="no checkpoint was committed; the next save writes a new pack",
+    )
+
+
+def missing_experts(parts: Iterable[Part], layers: Sequence[MoELayerRecord]) -> set[str]:
+    """Returns the expert units that no part holds: those to be taken from older checkpoints."""
+    present = {unit.name for part in parts for unit in part.units}
+    everyone = {expert_unit(layer.ordinal, expert) for layer in layers for expert in range(layer.num_experts)}
+    return everyone - present
+
+
+def merge_parts(
+    parts: Sequence[Part],
+    *,
+    topology: Topology,
+    moe_layers: Sequence[MoELayerRecord],
+    parameters: int,
+    created: float,
+    base: Sequence[Manifest] = (),
+    is_admissible: Callable[[Version], bool] = lambda version: True,
+    ledger: dict[str, Any] | None = None,
+) -> Manifest:
+    """Makes the manifest of one save, and checks that it is complete (invariants I1, I3).
+
+    Args:
+        parts: one per rank, in any order.
+        topology: the run that saves.
+        moe_layers: the model's MoE layers.
+        parameters: number of parameters.
+        created: time of the commit in seconds since 1970.
+        base: older checkpoints of the same directory; an expert that no part holds is taken from the one that has
+            its newest admissible version not after this step.
+        is_admissible: tells whether a version belongs to the current timeline.
+        ledger: the lost-token ledger as plain data.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CoverageError: if a rank is missing, ranks disagree, or the fragments leave a hole or overlap.
+        StorageError: if ranks wrote different files under one name.
+    """
+    first = _check_parts(parts)
+    tensors = _Index[TensorRecord](lambda record: record.key, _tensor_clash)
+    units = _Index[UnitRecord](lambda record: record.name, _unit_clash)
+    packs = _Index[PackRecord](lambda record: record.path, _pack_clash)
+    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    extra: dict[str, ExtraRecord] = {}
+    declared = {}
+    for part in sorted(parts, key=lambda part: part.rank):
+        for tensor in part.declared:
+            tensors.add(tensor)
+            declared[tensor.key] = (tensor.dtype, tensor.shape)
+        _add(part, None, tensors, units, packs, rows)
+        for name, record in part.extra.items():
+            if extra.setdefault(name, record) != record:
+                raise StorageError(
+                    f"two ranks wrote different extra files named {name!r}",
+                    where=f"{extra[name].path} and {record.path}",
+                    fix="put the rank into the name",
+                )
+    _check_versions(units.records, first)
+    for source, names in _choose_base(missing_experts(parts, moe_layers), base, first.step, is_admissible):
+        _add(source, names, tensors, units, packs, rows)
+    keys = [tensor.key for tensor in tensors.records]
+    check_experts(moe_layers, declared)
+    check_coverage(declared, ((keys[row[1]], row[3], row[4]) for row in rows))
+    return Manifest(
+        tag=first.tag,
+        save_id=first.save_id,
+        attempt=first.attempt,
+        step=first.step,
+        created=created,
+        topology=topology,
+        moe_layers=list(moe_layers),
+        parameters=parameters,
+        units=units.records,
+        tensors=tensors.records,
+        packs=packs.records,
+        fragments=FragmentTable.from_rows(rows),
+        extra=extra,
+        ledger=ledger,
+    )
+
+
+def _check_parts(parts: Sequence[Part]) -> Part:
+    if not parts:
+        raise CoverageError("no rank has finished its part of the save", fix="wait for the ranks, or save again")
+    first = parts[0]
+    where = f"{first.tag}/{first.save_id}"
+    for part in parts:
+        for name in ("save_id", "tag", "step", "attempt", "world"):
+            mine, other = getattr(part, name), getattr(first, name)
+            if mine != other:
+                raise CoverageError(
+                    f"ranks {first.rank} and {part.rank} wrote parts of different saves: {name} {other} and {mine}",
+                    where=where,
+                    fix="no checkpoint was committed; save again",
+                )
+    ranks = sorted(part.rank for part in parts)
+    missing = sorted(set(range(first.world)) - set(ranks))
+    if missing:
+        raise CoverageError(
+            f"{len(missing)} of {first.world} ranks have not finished their part: {', '.join(map(str, missing[:16]))}"
+            + (", …" if len(missing) > 16 else ""),
+            where=where,
+            fix="look at the logs of these ranks' nodes",
+        )
+    if ranks != list(range(first.world)):
+        raise CoverageError(
+            f"parts of unexpected ranks: {ranks} in a world of {first.world}", where=where, fix="save again"
+        )
+    return first
+
+
+def _check_versions(units: Sequence[UnitRecord], save: Part) -> None:
+    """Checks that all dense units are from one version, that of the save, and no expert is newer (I3)."""
+    dense = next((unit.version for unit in units if parse_expert_unit(unit.name) is None), None)
+    for unit in units:
+        expert = parse_expert_unit(unit.name) is not None
+        if unit.step > save.step or (not expert and (unit.step != save.step or unit.version != dense)):
+            raise CoverageError(
+                f"{unit.name} is from step {unit.step} of attempt {unit.attempt}, the save is of step {save.step} "
+                f"of attempt {save.attempt}",
+                where=unit.name,
+                fix="all dense units must be from the step of the save and no expert newer than it; report this",
+            )
+
+
+def _add(
+    source: Part | Manifest,
+    only: set[str] | None,
+    tensors: _Index[TensorRecord],
+    units: _Index[UnitRecord],
+    packs: _Index[PackRecord],
+    rows: list[tuple[int, int, int, int, int, int, int]],
+) -> None:
+    """Adds a source's units (all, or some by name) with their fragments, indices remapped."""
+    unit_map = {i: units.add(unit) for i, unit in enumerate(source.units) if only is None or unit.name in only}
+    tensor_map: dict[int, int] = {}
+    pack_map: dict[int, int] = {}
+    for row in source.fragments:
+        if row.unit not in unit_map:
+            continue
+        if row.tensor not in tensor_map:
+            tensor_map[row.tensor] = tensors.add(source.tensors[row.tensor])
+        if row.pack not in pack_map:
+            pack_map[row.pack] = packs.add(source.packs[row.pack])
+        rows.append((unit_map[row.unit], tensor_map[row.tensor], pack_map[row.pack], *row[3:]))
+
+
+def _choose_base(
+    missing: set[str], base: Sequence[Manifest], step: int, is_admissible: Callable[[Version], bool]
+) -> list[tuple[Manifest, set[str]]]:
+    """Returns for each older manifest the experts to take from it."""
+    best: dict[str, tuple[Version, int]] = {}
+    for position, manifest in enumerate(base):
+        for unit in manifest.units:
+            if unit.name not in missing or unit.step > step or not is_admissible(unit.version):
+                continue
+            if unit.name not in best or unit.version > best[unit.name][0]:
+                best[unit.name] = (unit.version, position)
+    groups: dict[int, set[str]] = {}
+    for name, (_, position) in best.items():
+        groups.setdefault(position, set()).add(name)
+    return [(base[position], names) for position, names in sorted(groups.items())]
