@@ -67,7 +67,9 @@ def stage(
     for read in plan.reads:
         _read_pack(store, manifest, read, memory, starts, needs, units)
     return [
-        memory[start : start + size].view(getattr(torch, dtype)) if size else torch.empty(0, dtype=getattr(torch, dtype))
+        memory[start : start + size].view(getattr(torch, dtype))
+        if size
+        else torch.empty(0, dtype=getattr(torch, dtype))
         for start, size, dtype in zip(starts, sizes, plan.dtypes, strict=True)
     ]
 

@@ -18,6 +18,7 @@ from moc_ckpt.errors import UnsupportedError
 __all__ = ["materialise_state"]
 
 _PROBE_NUMEL = 8
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def materialise_state(optimizer: torch.optim.Optimizer) -> int:
@@ -113,7 +114,9 @@ def _scratch_step(
     if isinstance(probe_group.get("step"), (int, float)):
         probe_group["step"] = 0
     saved_groups, saved_state = optimizer.param_groups, optimizer.state
-    hooks = {name: getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
+    hooks = {
+        name: getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    }
     optimizer.param_groups = [probe_group]
     optimizer.state = defaultdict(dict)
     if state is not None:

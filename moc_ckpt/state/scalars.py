@@ -99,7 +99,9 @@ def apply_scalars(
     for index, found in by_group.items():
         first = found[0]
         for other in found[1:]:
-            differ = [name for name in first["options"] if not _equal(first["options"][name], other["options"].get(name))]
+            differ = [
+                name for name in first["options"] if not _equal(first["options"][name], other["options"].get(name))
+            ]
             # `step` is a count, not an option, though FusedAdam keeps it there.
             differ = [name for name in differ if name != "step"]
             if differ:

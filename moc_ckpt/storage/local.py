@@ -84,14 +84,17 @@ def make_dirs(path: Path) -> None:
         OSError: if one cannot be made.
     """
     missing = []
-    while not path.is_dir():
-        missing.append(path)
-        if path.parent == path:
-            break
-        path = path.parent
+    top = path
+    while not top.is_dir() and top.parent != top:
+        missing.append(top)
+        top = top.parent
     for part in reversed(missing):
-        part.mkdir(exist_ok=True)
-        fsync_dir(part.parent)
+        try:
+            part.mkdir(exist_ok=True)
+            fsync_dir(part.parent)
+        except FileNotFoundError:  # a collector pruned the empty parent just now
+            part.mkdir(parents=True, exist_ok=True)
+            fsync_dir(part.parent)
 
 
 class LocalStore(Store):
@@ -244,6 +247,16 @@ class LocalStore(Store):
                 fsync_dir(path.parent)
         except OSError as exc:
             raise_storage_error(exc, "removing", path)
+
+    def prune(self, prefix: str) -> None:
+        """See `Store.prune`."""
+        path = self.path(prefix)
+        try:
+            path.rmdir()
+            fsync_dir(path.parent)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise_storage_error(exc, "removing", path)
 
     def exists(self, key: str) -> bool:
         """See `Store.exists`."""

@@ -50,6 +50,12 @@ class PackReader:
         """Payload bytes of the pack."""
         return self._nbytes
 
+    @property
+    def grain(self) -> int:
+        """Payload bytes of one sub-chunk; all of the pack as long as its metadata could not be read."""
+        layout = self._layout_cache
+        return layout.chunk if layout is not None else self._nbytes
+
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Returns a new uint8 array with the pack's bytes [offset, offset + nbytes).
 

@@ -163,6 +163,9 @@ class KvStore(Store):
         except Exception as exc:
             self._fail(exc, "removing", prefix)
 
+    def prune(self, prefix: str) -> None:
+        """See `Store.prune`."""
+
     def exists(self, key: str) -> bool:
         """See `Store.exists`."""
         check_key(key)

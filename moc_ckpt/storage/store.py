@@ -99,6 +99,10 @@ class Store(ABC):
         """Removes every object below the directory `prefix` (and, on a file system, the directory)."""
 
     @abstractmethod
+    def prune(self, prefix: str) -> None:
+        """Removes the directory `prefix` if it is empty; nothing to do in an object store."""
+
+    @abstractmethod
     def exists(self, key: str) -> bool:
         """Tells whether there is an object `key`."""
 

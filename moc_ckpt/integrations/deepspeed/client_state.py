@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,8 @@ from moc_ckpt.errors import CorruptionError, MocError
 
 __all__ = ["ClientStateError", "decode_client_state", "encode_client_state"]
 
+# How torch.load names the type that it refuses.
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 _TRUST = "moc_checkpoint.recovery.trust_client_state"
 
 
@@ -58,11 +62,14 @@ def decode_client_state(data: bytes, *, trust: bool, where: str) -> dict[str, An
         ClientStateError: if it holds objects that need trust.
         CorruptionError: if it is not a torch.save file.
     """
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise CorruptionError("client_state is not a torch.save file", where=where, fix="load an older tag")
     try:
         return _load(data, trust=trust)
     except pickle.UnpicklingError as error:
+        named = _GLOBAL.search(str(error))
         raise ClientStateError(
-            f"client_state needs unpickling: {str(error).splitlines()[0]}",
+            f"client_state needs unpickling of {named[1] if named else 'objects'}",
             where=where,
             fix=f"set {_TRUST} to true if every writer of the directory is trusted",
         ) from error

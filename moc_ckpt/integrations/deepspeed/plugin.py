@@ -274,9 +274,7 @@ class MocCheckpoint:
     def _retain(self, store: Store, manifest: Manifest) -> None:
         storage = self.config.storage
         try:
-            apply_retention(
-                store, keep_last=storage.keep_last, keep_every=storage.keep_every, attempt=manifest.attempt
-            )
+            apply_retention(store, keep_last=storage.keep_last, keep_every=storage.keep_every, attempt=manifest.attempt)
         except MocError as error:
             # The checkpoint is committed; files that could not be removed are tried again after the next one.
             logger.warning("retention failed: %s", error)

@@ -118,9 +118,8 @@ def _call(engine: Any, name: str) -> Any:
 def _tensor_parallel(engine: Any) -> bool:
     mpu = engine.mpu
     sizes = [_call(engine, "autotp_size") or 0]
-    for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
-        if mpu is not None and hasattr(mpu, name):
-            sizes.append(getattr(mpu, name)())
+    names = ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size")
+    sizes += [getattr(mpu, name)() for name in names if hasattr(mpu, name)]
     return max(sizes) > 1
 
 

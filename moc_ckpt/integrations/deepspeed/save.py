@@ -105,9 +105,7 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> Manifest:
     ident = SaveId(request.tag, save_id, Version(attempt, engine.global_steps), comm.rank, comm.world)
     comm.agree(
         "writing the checkpoint",
-        lambda: write_rank(
-            store, ident, plan, sources, extras, declared, threads=moc.config.storage.writer_threads
-        ),
+        lambda: write_rank(store, ident, plan, sources, extras, declared, threads=moc.config.storage.writer_threads),
     )
     return moc.commit(
         store,
@@ -119,9 +117,7 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> Manifest:
     )
 
 
-def _prepare(
-    moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset[str], prepared: _Prepared
-) -> _Local:
+def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset[str], prepared: _Prepared) -> _Local:
     check_tag(request.tag)
     moc.synchronize()
     catalog = moc.view.catalog(moc.comm.rank, stored_weights)
@@ -130,9 +126,7 @@ def _prepare(
     prepared.engine_state = capture_engine(moc.engine)
     encode_plain(prepared.engine_state, "engine")
     if moc.comm.rank == 0:
-        prepared.client_state = encode_client_state(
-            request.client_state, trust=moc.config.recovery.trust_client_state
-        )
+        prepared.client_state = encode_client_state(request.client_state, trust=moc.config.recovery.trust_client_state)
     return _Local(
         tag=request.tag,
         save_dir=request.save_dir,

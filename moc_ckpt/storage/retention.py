@@ -1,0 +1,225 @@
+"""Which checkpoints and packs may go, and removing them (invariant I6)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from moc_ckpt.errors import StorageError
+from moc_ckpt.state.unit import Version
+from moc_ckpt.storage.checkpoint import (
+    LOCK,
+    latest_tag,
+    list_tags,
+    load_manifest,
+    manifest_key,
+    read_parts,
+    save_prefix,
+)
+from moc_ckpt.storage.commit import check_current
+from moc_ckpt.storage.manifest import Manifest
+from moc_ckpt.storage.store import Store
+
+__all__ = ["RetentionPlan", "RetentionReport", "apply_retention", "plan_retention"]
+
+_PACK_DIR = re.compile(r"^rank_\d{5,}\.(dense|experts)$")
+_PART = re.compile(r"/parts/rank_\d{5,}\.json$")
+_SAVE_DIRS = frozenset({"parts", "packs", "extra"})
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPlan:
+    """What to keep and what may go.
+
+    Attributes:
+        keep: tags that stay, the newest commit first.
+        drop: tags that go, the oldest commit first.
+        needed: paths of all packs that a staying tag refers to.
+        removable: paths of packs that only going tags refer to.
+    """
+
+    keep: tuple[str, ...]
+    drop: tuple[str, ...]
+    needed: frozenset[str]
+    removable: frozenset[str]
+
+
+@dataclass(slots=True)
+class RetentionReport:
+    """What `apply_retention` did, or with `dry_run` would do.
+
+    Attributes:
+        kept: tags that stay, the newest commit first.
+        dropped: tags that went.
+        packs: paths of the packs that were removed.
+        saves: directories of unfinished or replaced saves that were removed, wholly or but for needed packs.
+        blocked: why nothing was removed; empty if something could be.
+    """
+
+    kept: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    packs: list[str] = field(default_factory=list)
+    saves: list[str] = field(default_factory=list)
+    blocked: str = ""
+
+
+def plan_retention(
+    manifests: Sequence[Manifest], *, keep_last: int, keep_every: int = 0, protect: Collection[str] = ()
+) -> RetentionPlan:
+    """Chooses which checkpoints stay (pure).
+
+    Args:
+        manifests: all committed checkpoints of a directory.
+        keep_last: number of newest commits that stay; 0 keeps all. The newest one stays in any case.
+        keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
+        protect: tags that stay in any case.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: if a number is negative.
+    """
+    if keep_last < 0 or keep_every < 0:
+        raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative")
+    ordered = sorted(manifests, key=lambda item: (item.attempt, item.created, item.step), reverse=True)
+    keep: list[Manifest] = []
+    drop: list[Manifest] = []
+    for position, manifest in enumerate(ordered):
+        stays = (
+            keep_last == 0
+            or position < keep_last
+            or (keep_every > 0 and manifest.step % keep_every == 0)
+            or manifest.tag in protect
+        )
+        (keep if stays else drop).append(manifest)
+    needed = frozenset(path for manifest in keep for path in manifest.pack_paths)
+    gone = frozenset(path for manifest in drop for path in manifest.pack_paths)
+    return RetentionPlan(
+        keep=tuple(manifest.tag for manifest in keep),
+        drop=tuple(manifest.tag for manifest in reversed(drop)),
+        needed=needed,
+        removable=gone - needed,
+    )
+
+
+def apply_retention(
+    store: Store,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    protect: Collection[str] = (),
+    in_flight: Collection[str] = (),
+    attempt: int | None = None,
+    dry_run: bool = False,
+    timeout_s: float = 60.0,
+) -> RetentionReport:
+    """Removes old checkpoints, and what unfinished and replaced saves left behind.
+
+    Holds the directory's lock, so that no commit begins to refer to a pack meanwhile. A checkpoint's manifest goes
+    before its data, so a crash half-way leaves no broken checkpoint; the next call finishes the work. Directories
+    and files that this package did not write are not touched.
+
+    An unfinished save goes only once a commit is at or past its step (before that `moc-ckpt recover` might still
+    finish it); one that no rank finished a part of goes unless it is in flight.
+
+    Args:
+        store: the checkpoint root.
+        keep_last: number of newest commits that stay; 0 keeps all.
+        keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
+        protect: tags that stay in any case; the one that `latest` names always does.
+        in_flight: save ids that any node may be writing at the moment. With asynchronous saves the caller must
+            name them all: an older save that finishes late looks like one that was abandoned.
+        attempt: the attempt that asks, which must be the newest one; None if no run is using the directory.
+        dry_run: remove nothing, only report.
+        timeout_s: seconds to wait for the lock.
+
+    Returns:
+        What was removed. If a manifest cannot be read, nothing is, since it may need any pack: see `blocked`.
+
+    Raises:
+        StaleAttemptError: if a newer attempt owns the directory.
+        StorageError: if something cannot be removed or the lock is taken.
+    """
+    with store.lock(LOCK, timeout_s):
+        if attempt is not None:
+            check_current(store, attempt)
+        try:
+            manifests = [load_manifest(store, tag) for tag in list_tags(store)]
+            latest = latest_tag(store)
+        except StorageError as exc:
+            return RetentionReport(blocked=str(exc))
+        if not manifests:
+            return RetentionReport(blocked="there is no committed checkpoint: nothing is removed before a commit")
+        plan = plan_retention(
+            manifests,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            protect={*protect, *([latest] if latest else [])},
+        )
+        report = RetentionReport(kept=plan.keep, dropped=plan.drop)
+        if not dry_run:
+            for tag in plan.drop:
+                store.delete(manifest_key(tag))
+        current = {manifest.tag: manifest.save_id for manifest in manifests if manifest.tag in plan.keep}
+        dropped = {(manifest.tag, manifest.save_id) for manifest in manifests if manifest.tag in plan.drop}
+        horizon = max(manifest.version for manifest in manifests)
+        for tag, save_id in _find_saves(store):
+            if save_id in in_flight or current.get(tag) == save_id:
+                continue
+            if (tag, save_id) in dropped or _is_past(store, tag, save_id, horizon):
+                _remove_save(store, tag, save_id, plan.needed, report, dry_run=dry_run)
+                if not dry_run and tag not in current:
+                    store.prune(tag)
+    return report
+
+
+def _find_saves(store: Store) -> list[tuple[str, str]]:
+    """Returns (tag, save_id) of every directory that is a save of ours beyond doubt."""
+    found = []
+    for tag in store.list_dirs():
+        for save_id in store.list_dirs(tag):
+            try:
+                prefix = save_prefix(tag, save_id)
+            except StorageError:
+                continue
+            inside = set(store.list_dirs(prefix))
+            packs = store.list_dirs(f"{prefix}/packs") if "packs" in inside else []
+            parts = store.list(f"{prefix}/parts") if "parts" in inside else []
+            shaped = all(map(_PACK_DIR.match, packs)) and all(map(_PART.search, parts))
+            if (packs or parts) and shaped and inside <= _SAVE_DIRS:
+                found.append((tag, save_id))
+    return found
+
+
+def _is_past(store: Store, tag: str, save_id: str, horizon: Version) -> bool:
+    """Tells whether nobody is going to finish a save: a commit is at or past its step, or it has no part at all."""
+    try:
+        parts = read_parts(store, tag, save_id)
+    except StorageError:
+        return True  # a damaged part can never be committed
+    return all((part.attempt, part.step) <= horizon for part in parts)
+
+
+def _remove_save(
+    store: Store, tag: str, save_id: str, needed: frozenset[str], report: RetentionReport, *, dry_run: bool
+) -> None:
+    """Removes a save but for packs that are needed; the directory goes with the last of them."""
+    prefix = save_prefix(tag, save_id)
+    packs = [f"{prefix}/packs/{name}" for name in store.list_dirs(f"{prefix}/packs")]
+    going = [pack for pack in packs if pack not in needed]
+    rest = [name for name in ("extra", "parts") if store.list(f"{prefix}/{name}")]
+    if not going and not rest and packs:
+        return  # only needed packs are left
+    report.packs += going
+    report.saves.append(prefix)
+    if dry_run:
+        return
+    for pack in going:
+        store.delete_prefix(pack)
+    # Parts last: they tell the next call what this save was, should this one be cut off.
+    for name in rest:
+        store.delete_prefix(f"{prefix}/{name}")
+    if len(going) == len(packs):
+        store.delete_prefix(prefix)
