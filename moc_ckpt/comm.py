@@ -23,6 +23,22 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+# The barrier in front of each collective has the deadline; the group's own timeout is only a backstop.
+_BACKSTOP = timedelta(hours=1)
+_groups: list[tuple[Any, Any]] = []
+
+
+def _own_group() -> Any:
+    """Returns this package's group over the current world, made once; collective the first time."""
+    world = dist.group.WORLD
+    for known, group in _groups:
+        if known is world:
+            return group
+    # Groups of a world that was destroyed are of no use any more.
+    _groups[:] = [(world, dist.new_group(backend="gloo", timeout=_BACKSTOP))]
+    return _groups[0][1]
+
+
 class Comm:
     """All ranks of a job. Not thread-safe; every method is collective and called in the same order on all ranks.
 
@@ -35,9 +51,7 @@ class Comm:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self._deadlines = {"rendezvous": rendezvous_s, "commit": commit_s}
-        # The group's own timeout is only a backstop: the barrier in front of each collective has the deadline.
-        longest = timedelta(seconds=2 * max(rendezvous_s, commit_s))
-        self._group = dist.new_group(backend="gloo", timeout=longest) if self.world > 1 else None
+        self._group = _own_group() if self.world > 1 else None
 
     def exchange(self, what: str, work: Callable[[], T], *, wait: str = "rendezvous") -> list[T]:
         """Runs `work` on every rank and returns the results of all ranks, in rank order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from moc_ckpt.errors import CorruptionError
@@ -63,7 +64,8 @@ def stage(
     for size in sizes:
         starts.append(total)
         total += -(-size // _ALIGNMENT) * _ALIGNMENT
-    memory = torch.empty(total, dtype=torch.uint8)
+    # numpy asks for huge pages, which are an order of magnitude cheaper to touch first.
+    memory = torch.from_numpy(np.empty(total, dtype=np.uint8))
     for read in plan.reads:
         _read_pack(store, manifest, read, memory, starts, needs, units)
     return [

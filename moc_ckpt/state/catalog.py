@@ -205,7 +205,8 @@ def build_catalog(
             fragment = Fragment(item.fqn, WEIGHT, dtype, shape, 0, item.tensor.numel())
             # Buffers may differ between replicas; the logical value is the first replica's, as in DeepSpeed.
             holders = item.replicas[:1] if item.is_buffer else item.replicas
-            entries.append(Entry(fragment, units.unit_of(item.fqn), _live(item.tensor), holders, not item.is_buffer))
+            frozen = not item.is_buffer and not item.tensor.requires_grad
+            entries.append(Entry(fragment, units.unit_of(item.fqn), _live(item.tensor), holders, frozen))
 
     return Catalog(
         rank=rank,

@@ -128,7 +128,7 @@ class LocalStore(Store):
         path = self.path(key)
         try:
             return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as exc:
             raise_storage_error(exc, "reading", path)

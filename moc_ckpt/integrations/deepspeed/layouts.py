@@ -57,8 +57,19 @@ class ModelNames:
         return self._locals[prefix][1]
 
     def of(self, param: torch.Tensor) -> str:
-        """Returns the full name of a parameter of the model."""
-        return self._names[id(param)]
+        """Returns the full name of a parameter of the model.
+
+        Raises:
+            UnsupportedError: if the model does not have it.
+        """
+        name = self._names.get(id(param))
+        if name is None:
+            raise UnsupportedError(
+                f"the optimizer has a parameter of shape {tuple(param.shape)} that the model does not have",
+                where="model_parameters of deepspeed.initialize",
+                fix="make it a parameter of the module, so that it has a name",
+            )
+        return name
 
     def knows(self, param: torch.Tensor) -> bool:
         """Tells whether the parameter is one of the model's."""

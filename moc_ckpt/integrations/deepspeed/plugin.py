@@ -141,6 +141,8 @@ class MocCheckpoint:
             custom_load_fn=custom_load_fn,
         )
         client_state = load(self, store, manifest, request)
+        self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
+        self.engine.loaded_checkpoint_mp_world_size = 1
         # What is saved here from now on is a new attempt, which forks at the restored step.
         self._attempts.pop(store.url, None)
         self._restored.pop(store.url, None)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All checks and tests, in a virtual environment of its own. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/_env.sh
+
+step() { printf '\n== %s\n' "$1"; }
+
+step "ruff"
+ruff check .
+ruff format --check .
+step "mypy"
+mypy
+step "import-linter"
+lint-imports
+step "docs are generated from the code"
+python scripts/docs/configuration.py --check
+step "pytest"
+python -m pytest "$@"
