@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Iterator, MutableSequence
@@ -59,6 +60,8 @@ class KvStore(Store):
         self._ts: Any = ts
         self._kv: Any = base
         self._missing: bytes = b"\x02"
+        self._whole: tuple[str, bytes] | None = None
+        self._whole_lock = threading.Lock()
         self.url = self._url_of(base)
 
     @staticmethod
@@ -92,21 +95,10 @@ class KvStore(Store):
     def read_ranges(self, key: str, ranges: list[tuple[int, MutableSequence[memoryview]]]) -> None:
         """See `Store.read_ranges`."""
         check_key(key)
-        futures = []
         for offset, views in ranges:
             nbytes = sum(len(view) for view in views)
             span = slice(offset, None) if offset < 0 else slice(offset, offset + nbytes)
-            futures.append((self._kv.read(key, byte_range=span), views, nbytes))
-        for future, views, nbytes in futures:
-            try:
-                result = future.result()
-            except Exception as exc:
-                if "OUT_OF_RANGE" in str(exc) or "out of range" in str(exc).lower() or isinstance(exc, IndexError):
-                    raise EOFError(f"{self.locate(key)}: {exc}") from exc
-                self._fail(exc, "reading", key)
-            if result.state != "value":
-                raise FileNotFoundError(self.locate(key))
-            data = memoryview(result.value)
+            data = self._read_range(key, span)
             if len(data) != nbytes:
                 raise EOFError(f"{self.locate(key)} is shorter than expected")
             done = 0
@@ -114,9 +106,41 @@ class KvStore(Store):
                 view[:] = data[done : done + len(view)]
                 done += len(view)
 
+    def _read_range(self, key: str, span: slice) -> memoryview:
+        try:
+            result = self._kv.read(key, byte_range=span).result()
+        except TypeError:
+            return self._read_range_of_whole(key, span)
+        except Exception as exc:
+            if "OUT_OF_RANGE" in str(exc):
+                raise EOFError(f"{self.locate(key)}: {exc}") from exc
+            self._fail(exc, "reading", key)
+        if result.state != "value":
+            raise FileNotFoundError(self.locate(key))
+        return memoryview(result.value)
+
+    def _read_range_of_whole(self, key: str, span: slice) -> memoryview:
+        """Stands in for range reads, which TensorStore has from 0.1.81 on (Python 3.10 gets older ones only).
+
+        The last object is kept, since the next range is likely to be in it too.
+        """
+        with self._whole_lock:
+            if self._whole is None or self._whole[0] != key:
+                self._whole = None
+                data = self.read(key)
+                if data is None:
+                    raise FileNotFoundError(self.locate(key))
+                self._whole = (key, data)
+            return memoryview(self._whole[1])[span]
+
+    def _forget(self) -> None:
+        with self._whole_lock:
+            self._whole = None
+
     def write(self, key: str, data: bytes) -> None:
         """See `Store.write`."""
         check_key(key)
+        self._forget()
         try:
             self._kv.write(key, data).result()
         except Exception as exc:
@@ -150,6 +174,7 @@ class KvStore(Store):
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         check_key(key)
+        self._forget()
         try:
             self._kv.write(key, None).result()
         except Exception as exc:
@@ -158,6 +183,7 @@ class KvStore(Store):
     def delete_prefix(self, prefix: str) -> None:
         """See `Store.delete_prefix`."""
         start = f"{check_key(prefix.rstrip('/'))}/"
+        self._forget()
         try:
             self._kv.delete_range(self._ts.KvStore.KeyRange(start, f"{start[:-1]}0")).result()
         except Exception as exc:
@@ -170,7 +196,7 @@ class KvStore(Store):
         """See `Store.exists`."""
         check_key(key)
         try:
-            return bool(self._kv.read(key, byte_range=slice(0, 0)).result().state == "value")
+            return bool(self._kv.list(self._ts.KvStore.KeyRange(key, f"{key}\0")).result())
         except Exception as exc:
             self._fail(exc, "reading", key)
 

@@ -1,0 +1,249 @@
+"""Exactness on GPUs: `python tests/gpu/run_gpu.py --json out.json [--gpus N] [--only NAME ...] [--native]`.
+
+Starts one process per GPU, all in one NCCL job, which run every case in turn: train, save, train on; then a
+new engine with another seed loads and must repeat losses and state bit for bit. fp16 cases overflow on
+purpose before the save and after it, so that the loss scaler's state matters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+for _path in (str(HERE.parent.parent), str(HERE.parent)):
+    if _path not in sys.path:
+        sys.path.insert(0, _path)
+
+BEFORE, AFTER = 6, 8
+#: Steps (of the whole run) whose gradients overflow in fp16 cases: one before the save, one after it.
+OVERFLOWS = (2, 8)
+
+
+def rows(gpus: int) -> dict[str, Any]:
+    """The engine configurations, for a number of GPUs."""
+    from distributed.zoo import Layer, Row
+
+    wide = min(gpus, 4)
+    two = min(gpus, 2)
+    layers = (Layer(ep=two), Layer(ep=wide, k=2), Layer(ep=1, residual=True))
+    accumulate = (("data_types", {"grad_accum_dtype": "fp32"}),)
+    offload = (("offload_optimizer", {"device": "cpu", "pin_memory": True}),)
+    common = {"world": gpus, "layers": layers}
+    out = [
+        Row("z2_bf16_fused", optimizer="fused", **common),
+        Row("z2_bf16_torch", optimizer="torch_adamw", **common),
+        Row("z1_bf16_fused", stage=1, optimizer="fused", **common),
+        Row("z1_bf16_fp32acc_fused", stage=1, optimizer="fused", config=accumulate, **common),
+        Row("z0_bf16_fused", stage=0, optimizer="fused", **common),
+        Row("z2_fp16_fused", dtype="fp16", optimizer="fused", **common),
+        Row("z1_fp16_torch", dtype="fp16", stage=1, optimizer="torch_adamw", **common),
+        Row("z0_fp16_fused", dtype="fp16", stage=0, optimizer="fused", **common),
+        Row("z0_fp16_unfused", dtype="fp16", stage=0, optimizer="torch_adamw", **common),
+        Row("z2_bf16_cpu_adam", optimizer="cpu_adam", zero=offload, **common),
+        Row("z2_fp16_cpu_adam", dtype="fp16", optimizer="cpu_adam", zero=offload, **common),
+        Row("z2_fp32_fused", dtype="fp32", optimizer="fused", **common),
+    ]
+    return {row.name: row for row in out}
+
+
+# ------------------------------------------------------------------------------------------- one rank
+
+
+class Context:
+    """As the pool's context, for the oracle."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, obj: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, obj)
+        return out
+
+
+def exact(ctx: Context, row: Any, path: str, *, native: bool) -> dict[str, Any]:
+    """One configuration: what differed (all empty when it is exact) and how many steps were skipped."""
+    from distributed import harness, oracle
+
+    plugin = None if native else {"enabled": True}
+    poison = OVERFLOWS if row.dtype == "fp16" else ()
+    engine = harness.build(row, world=ctx.world, seed=1, plugin=plugin)
+    harness.train(engine, BEFORE, poison=poison)
+    before = harness.snapshot(ctx, engine)
+    skipped = engine.skipped_steps
+    engine.save_checkpoint(path, tag="t", client_state={"pos": 1})
+    disturbed = harness.differences(before, harness.snapshot(ctx, engine))
+    losses = harness.train(engine, AFTER, poison=poison)
+    end = harness.snapshot(ctx, engine)
+    optimizer = type(engine.optimizer).__name__
+    harness.discard(engine)
+    harness.reset()
+
+    engine = harness.build(row, world=ctx.world, seed=2, plugin=plugin)
+    harness.train(engine, 2, data_seed=99)
+    engine.load_checkpoint(path, tag="t")
+    if native:
+        oracle.restore_by_hand(engine, before["local"])
+    restored = harness.differences(before, harness.snapshot(ctx, engine))
+    again = harness.train(engine, AFTER, poison=poison)
+    finish = harness.differences(end, harness.snapshot(ctx, engine))
+    harness.discard(engine)
+    harness.reset()
+
+    engine = harness.build(row, world=ctx.world, seed=1)
+    harness.train(engine, BEFORE, poison=poison)
+    reference = harness.train(engine, AFTER, poison=poison)
+    wrong = {
+        "disturbed": disturbed,
+        "restored": restored,
+        "losses": [] if losses == again else [f"{x} != {y}" for x, y in zip(losses, again, strict=True) if x != y][:3],
+        "end": finish,
+        "without the plugin": [] if losses == reference else ["losses differ"],
+    }
+    return {
+        "wrong": {name: found for name, found in wrong.items() if found},
+        "skipped_before": skipped,
+        "skipped": end["local"]["counters"]["skipped_steps"],
+        "scale": end["local"]["scaler"].get("cur_scale", end["local"]["scaler"].get("optimizer.cur_scale")),
+        "optimizer": optimizer,
+    }
+
+
+def worker(only: list[str], out: str, native: bool) -> None:
+    """One rank of the job."""
+    import logging
+
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    import deepspeed
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not native:
+        import moc_ckpt  # noqa: F401
+
+    local = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local)
+    deepspeed.init_distributed("nccl")
+    from distributed import harness
+
+    ctx = Context()
+    results = {}
+    for name, row in rows(ctx.world).items():
+        if only and name not in only:
+            continue
+        began = time.monotonic()
+        path = ctx.gather(tempfile.mkdtemp(prefix="moc_gpu_") if ctx.rank == 0 else None)[0]
+        try:
+            mine: dict[str, Any] = exact(ctx, row, path, native=native)
+        except Exception:
+            mine = {"wrong": {"error": traceback.format_exc()}}
+        with contextlib.suppress(Exception):
+            harness.reset()
+        everyone = ctx.gather(mine)
+        if ctx.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            wrong = {str(rank): result["wrong"] for rank, result in enumerate(everyone) if result["wrong"]}
+            results[name] = {**mine, "wrong": wrong, "ok": not wrong, "seconds": round(time.monotonic() - began, 1)}
+            print(f"{'ok  ' if not wrong else 'FAIL'} {name} {results[name]['seconds']} s", flush=True)
+            # Written after every case: a crash or a deadline loses only the case it hits.
+            report = {
+                "gpus": ctx.world,
+                "device": torch.cuda.get_device_name(0),
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "python": sys.version.split()[0],
+                "native": native,
+                "cases": results,
+            }
+            Path(out).write_text(json.dumps(report, indent=1))
+    ctx.gather(None)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+# --------------------------------------------------------------------------------------------- launcher
+
+
+def launch(gpus: int, only: list[str], out: str, *, native: bool = False, timeout: float = 540.0) -> int:
+    """Start one process per GPU; the exit status of the first that failed, or 0."""
+    from distributed.pool import free_port
+
+    env = dict(os.environ)
+    env.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+        WORLD_SIZE=str(gpus),
+        LOCAL_WORLD_SIZE=str(gpus),
+        CUBLAS_WORKSPACE_CONFIG=":4096:8",
+        NCCL_NVLS_ENABLE="0",
+        TORCH_EXTENSIONS_DIR=env.get("TORCH_EXTENSIONS_DIR") or tempfile.mkdtemp(prefix="moc_gpu_ext_"),
+    )
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--json", out]
+    command += ["--native"] if native else []
+    command += ["--only", *only] if only else []
+    processes = [
+        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True)
+        for rank in range(gpus)
+    ]
+    end = time.monotonic() + timeout
+    status = 0
+    try:
+        while any(process.poll() is None for process in processes):
+            status = next((p.returncode for p in processes if p.returncode), 0)
+            if status or time.monotonic() > end:
+                return status or 124
+            time.sleep(0.5)
+        return next((p.returncode for p in processes if p.returncode), 0)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def main() -> int:
+    """Entry point of launcher and worker."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", default="gpu.json", help="where the report goes")
+    parser.add_argument("--gpus", type=int, default=0, help="number of GPUs; default all")
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases")
+    parser.add_argument("--native", action="store_true", help="DeepSpeed's own checkpoints instead of the plugin")
+    parser.add_argument("--timeout", type=float, default=540.0)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.only, args.json, args.native)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no CUDA device")
+        return 2
+    out = str(Path(args.json).resolve())
+    Path(out).unlink(missing_ok=True)
+    status = launch(args.gpus or torch.cuda.device_count(), args.only, out, native=args.native, timeout=args.timeout)
+    report = json.loads(Path(out).read_text()) if Path(out).exists() else {"cases": {}}
+    failed = [name for name, case in report["cases"].items() if not case["ok"]]
+    print(f"{len(report['cases'])} cases, {len(failed)} failed {failed}, exit status {status}")
+    return 1 if failed or status or not report["cases"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import pytest
+from storage_samples import ArraySource, make_store, random_bytes, save
+
+from moc_ckpt.errors import CheckpointNotFoundError
+from moc_ckpt.storage.checkpoint import manifest_key
+from moc_ckpt.storage.manifest import FragmentTable, Manifest, PackRecord, TensorRecord, UnitRecord, encode_manifest
+from moc_ckpt.storage.pack import plan_pack, write_pack
+from moc_ckpt.storage.store import Store
+from moc_ckpt.storage.verify import verify
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return make_store(request.param, tmp_path)
+
+
+def flip(store: Store, key: str, position: int) -> None:
+    data = bytearray(store.read(key) or b"")
+    data[position] ^= 1
+    store.write(key, bytes(data))
+
+
+def rewrite(store: Store, manifest: Manifest, **changes: object) -> None:
+    store.write(manifest_key(manifest.tag), encode_manifest(msgspec.structs.replace(manifest, **changes)))
+
+
+def test_an_intact_checkpoint(store: Store) -> None:
+    save(store, "a", 10)
+    manifest = save(store, "b", 20, experts=[(0, 0)])
+    seen: list[tuple[int, int]] = []
+    report = verify(store, "b", lambda done, total: seen.append((done, total)))
+    total = sum(pack.nbytes for pack in manifest.packs)
+    assert report.ok and report.problems == []
+    assert (report.packs, report.fragments, report.nbytes) == (len(manifest.packs), len(manifest.fragments), total)
+    assert seen == sorted(seen) and seen[-1] == (total, total)
+
+
+def test_every_problem_is_listed(store: Store) -> None:
+    manifest = save(store, "a", 10)
+    prefix = f"a/{manifest.save_id}"
+    flip(store, f"{prefix}/packs/rank_00000.dense/c/0", 0)
+    store.delete(f"{prefix}/packs/rank_00001.dense/c/0")
+    store.delete(f"{prefix}/packs/rank_00001.experts/zarr.json")
+    flip(store, f"{prefix}/extra/rng/0", 3)
+    report = verify(store, "a")
+    by_file: dict[str, list[str]] = {}
+    for problem in report.problems:
+        by_file.setdefault(problem.file.partition(",")[0], []).append(problem.what)
+        assert (problem.unit != "") == ("packs" in problem.file) == (problem.tensor != "")
+    # Small packs are one sub-chunk: a damaged one concerns all fragments in it, each named once.
+    assert {file: len(whats) for file, whats in by_file.items()} == {
+        store.locate(f"{prefix}/extra/rng/0"): 1,
+        store.locate(f"{prefix}/packs/rank_00000.dense/c/0"): 2,
+        store.locate(f"{prefix}/packs/rank_00001.dense/c/0"): 2,
+        store.locate(f"{prefix}/packs/rank_00001.experts/zarr.json"): 16,
+    }
+    assert not report.ok and report.fragments == len(manifest.fragments)
+
+
+def test_a_wrong_fragment_in_an_intact_pack_is_found(store: Store) -> None:
+    manifest = save(store, "a", 10)
+    rows = list(manifest.fragments)
+    rows[3] = rows[3]._replace(crc32c=rows[3].crc32c ^ 1)
+    rewrite(store, manifest, fragments=FragmentTable.from_rows(rows))
+    (problem,) = verify(store, "a").problems
+    assert "not those that were saved" in problem.what
+    assert problem.expected == f"{rows[3].crc32c:08x}" and problem.found == f"{rows[3].crc32c ^ 1:08x}"
+    assert problem.unit == manifest.units[rows[3].unit].name
+    assert manifest.tensors[rows[3].tensor].fqn in problem.tensor
+
+
+def test_holes_in_the_manifest_are_found(store: Store) -> None:
+    manifest = save(store, "a", 10)
+    rewrite(store, manifest, fragments=FragmentTable.from_rows(list(manifest.fragments)[1:]))
+    (problem,) = verify(store, "a").problems
+    assert "hole" in problem.what and problem.file == store.locate("a/manifest.json")
+
+
+def test_fragments_over_many_sub_chunks(tmp_path: Path) -> None:
+    """One damaged sub-chunk of a big pack: only the fragments in it are named."""
+    store = make_store("local", tmp_path)
+    manifest = save(store, "a", 10)
+    nbytes = 20 << 20
+    data = random_bytes(nbytes)
+    layout = plan_pack(nbytes)
+    cuts = [0, layout.chunk - 400, layout.chunk * 2 + 100, layout.chunk * 2 + 500, nbytes // 4 * 4]
+    spans = list(pairwise(cuts))
+    result = write_pack(store, "a/big", nbytes, [(low, high - low) for low, high in spans], ArraySource(data))
+    unit, tensor, pack = len(manifest.units), len(manifest.tensors), len(manifest.packs)
+    rows = [(unit + i, tensor + i, pack, 0, high - low, low, result.crc32c[i]) for i, (low, high) in enumerate(spans)]
+    manifest = msgspec.structs.replace(
+        manifest,
+        units=[*manifest.units, *(UnitRecord(f"dense/u{i}", 1, 10) for i in range(4))],
+        tensors=[
+            *manifest.tensors,
+            *(TensorRecord(f"t{i}", "master", "uint8", (high - low,)) for i, (low, high) in enumerate(spans)),
+        ],
+        packs=[*manifest.packs, PackRecord("a/big", nbytes, result.stored_bytes)],
+        fragments=FragmentTable.from_rows([*manifest.fragments, *rows]),
+    )
+    rewrite(store, manifest)
+    assert verify(store, "a").ok
+    flip(store, "a/big/c/0", layout.frame + 5)
+    assert [problem.unit for problem in verify(store, "a").problems] == ["dense/u1"]
+    flip(store, "a/big/c/0", layout.frame * 2 + 5)
+    problems = verify(store, "a").problems
+    assert [problem.unit for problem in problems] == ["dense/u1", "dense/u2", "dense/u3"]
+
+
+def test_without_a_manifest_there_is_nothing_to_verify(store: Store) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        verify(store, "a")
