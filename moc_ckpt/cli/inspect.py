@@ -106,12 +106,9 @@ def _summary(manifest: Manifest, url: str) -> Table:
     ]
     rows += [("", f"{kind}: {size(nbytes)}") for kind, nbytes in sorted(manifest.bytes_by_kind().items())]
     stored = f"{size(manifest.stored_bytes)} in {len(manifest.packs)} packs and {len(manifest.extra)} extra files"
-    rows.append(
-        (
-            "files",
-            stored + (f"; some of the packs are those of {older} older tag{'s' if older > 1 else ''}" if older else ""),
-        )
-    )
+    if older:
+        stored += f"; some of the packs are those of {older} older tag{'s' if older > 1 else ''}"
+    rows.append(("files", stored))
     for name, value in rows:
         table.add_row(name, Text(value))
     return table

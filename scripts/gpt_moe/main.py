@@ -42,6 +42,7 @@ def _train(args: argparse.Namespace, started: float) -> None:
     runtime = start(args)
     conflicts = absorb_file(args, file_config, runtime.world_size)
     validate(args, runtime.world_size)
+    runtime.check_precision(args)
     ds_config, more = build_ds_config(args, file_config)
     for conflict in [*conflicts, *more]:
         runtime.print(f" conflict: {conflict}")

@@ -62,8 +62,9 @@ def build_optimizer(
 
         try:
             return FusedAdam(groups, adam_w_mode=True, **options), "FusedAdam"
-        except Exception as error:  # whatever the build ran into, torch has an optimizer as good
-            print(f" FusedAdam cannot be built ({(str(error).splitlines() or [type(error).__name__])[0]}); torch's is used", flush=True)
+        except Exception as error:  # whatever the build ran into, torch's optimizer does as well
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f" FusedAdam cannot be built ({reason}); torch AdamW is used", flush=True)
     fused = device.type == "cuda"
     return torch.optim.AdamW(groups, fused=fused, **options), f"torch AdamW{' (fused)' if fused else ''}"
 

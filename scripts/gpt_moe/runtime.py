@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpt_moe.arguments import ArgumentError
+
 __all__ = ["Runtime", "prepare_environment", "preserved_rng", "quiet", "seed_everything", "start"]
 
 _MEGATRON_HINT = (
@@ -50,6 +52,23 @@ class Runtime:
         """
         if self.rank == 0:
             print(text, flush=True)
+
+    def check_precision(self, args: argparse.Namespace) -> None:
+        """Refuse a precision that DeepSpeed does not run on this device.
+
+        Args:
+            args: settled arguments.
+
+        Raises:
+            ArgumentError: naming the flag.
+        """
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator: Any = get_accelerator()
+        if args.fp16 and not accelerator.is_fp16_supported():
+            raise ArgumentError(f"--fp16 does not run on this {self.device.type}; use --bf16 or neither")
+        if args.bf16 and not accelerator.is_bf16_supported():
+            raise ArgumentError(f"--bf16 does not run on this {self.device.type}; use --fp16 or neither")
 
 
 def prepare_environment(args: argparse.Namespace) -> None:

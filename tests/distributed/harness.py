@@ -45,6 +45,11 @@ def build(
 
     if isinstance(row, str):
         row = zoo.ROWS[row]
+    if row.dtype == "fp16":
+        from deepspeed.accelerator import get_accelerator
+
+        # DeepSpeed refuses fp16 on most CPUs although torch can do it; without this the loss scaler needs a GPU.
+        get_accelerator().is_fp16_supported = lambda: True
     if model:
         row = row.with_model(**model)
     rank = dist.get_rank()
@@ -81,14 +86,13 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def train(engine: Any, steps: int, *, data_seed: int = 7, poison: tuple[int, ...] = ()) -> list[str]:
+def train(engine: Any, steps: int, *, data_seed: int = 7) -> list[str]:
     """Train `steps` optimizer steps; the data follow from the engine's own step counter.
 
     Args:
         engine: the engine.
-        steps: number of optimizer steps, skipped ones included.
+        steps: number of optimizer steps, those included that the row makes overflow.
         data_seed: of the data.
-        poison: steps (by the engine's counter) whose gradients are made to overflow.
 
     Returns:
         This rank's losses (one per micro-step) as `float.hex`.
@@ -106,7 +110,7 @@ def train(engine: Any, steps: int, *, data_seed: int = 7, poison: tuple[int, ...
                 row, step=step, micro=micro, rank=dist.get_rank(), world=dist.get_world_size(), seed=data_seed
             )
             loss = engine(tokens.to(engine.device), target.to(engine.device))
-            engine.backward(loss * float("inf") if step in poison else loss)
+            engine.backward(loss * float("inf") if step in row.poison else loss)
             engine.step()
             losses.append(float(loss.detach().to(torch.float64)).hex())
     return losses

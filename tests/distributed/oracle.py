@@ -183,8 +183,10 @@ def local_state(engine: Any) -> dict[str, Any]:
     persistent = set(engine.module.state_dict().keys())
     buffers = {name: buf.detach().cpu().clone() for name, buf in engine.module.named_buffers()}
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    scaler_state = dict(vars(scaler)) if scaler is not None and not isinstance(scaler, float) else {}
+    scaler_state: dict[str, Any] = {}
+    for holder in (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config")):
+        if holder is not None and hasattr(holder, "__dict__"):
+            scaler_state.update(vars(holder))
     for key in ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window"):
         if hasattr(engine.optimizer, key):
             scaler_state[f"optimizer.{key}"] = getattr(engine.optimizer, key)
@@ -203,7 +205,7 @@ def local_state(engine: Any) -> dict[str, Any]:
         "lr_scheduler": None
         if engine.lr_scheduler is None
         else _plain({k: v for k, v in engine.lr_scheduler.state_dict().items() if not callable(v)}),
-        "scaler": _plain({k: v for k, v in scaler_state.items() if not callable(v)}),
+        "scaler": {k: v for k, v in scaler_state.items() if isinstance(v, (int, float, str, bool, type(None)))},
         "counters": {
             name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps", "micro_steps")
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,9 +106,12 @@ def test_damaged_pack(pool: Pool, ckpt_dir: str, pattern: str, how: str) -> None
 
 
 def test_checksum_mismatch_says_everything(pool: Pool, ckpt_dir: str) -> None:
-    """File, unit, expected and found."""
+    """File, unit, the checksum that was expected and the one that was found."""
     results = pool.run(4, case_damage, path=ckpt_dir, pattern="*/packs/rank_00000.dense", how="flip", deadline=DEADLINE)
-    assert_all_raised(results, "rank_00000.dense", "expected", "found", "dense/", "crc32c", kind="CorruptionError")
+    assert_all_raised(results, "rank_00000.dense", "dense/", "crc32c", kind="CorruptionError")
+    for result in results:
+        sums = set(re.findall(r"\b[0-9a-f]{8}\b", result["text"].partition("where:")[0]))
+        assert len(sums) == 2, f"two checksums should be told: {result['text']}"
 
 
 @pytest.mark.parametrize("how", ["delete", "flip", "truncate"])
@@ -188,7 +192,7 @@ def case_native_directory(ctx: Any, path: str, tag: str | None) -> dict[str, Any
 @pytest.mark.parametrize("tag", ["t", None], ids=["by tag", "by latest"])
 def test_native_directory(pool: Pool, ckpt_dir: str, tag: str | None) -> None:
     results = pool.run(2, case_native_directory, path=ckpt_dir, tag=tag, deadline=DEADLINE)
-    assert_all_raised(results, "DeepSpeed", kind="StorageError")
+    assert_all_raised(results, "DeepSpeed", "moc_checkpoint.enabled")
 
 
 # ------------------------------------------------------------------------------------ another model
@@ -388,7 +392,9 @@ def case_client_state(ctx: Any, path: str, state: str, only: int | None, trust: 
 @pytest.mark.parametrize("state", ["custom", "lambda"])
 def test_unloadable_client_state_is_refused_when_saved(pool: Pool, ckpt_dir: str, state: str) -> None:
     results = pool.run(2, case_client_state, path=ckpt_dir, state=state, only=None, trust=False, deadline=DEADLINE)
-    assert_all_raised(results, "outer", "list", "1", "inner", "trust_client_state")
+    # Trusting helps against a class of one's own, not against what nothing can pickle.
+    hint = ["trust_client_state"] if state == "custom" else []
+    assert_all_raised(results, "outer", "list", "1", "inner", *hint)
     assert not any(result["exists"] for result in results)
 
 

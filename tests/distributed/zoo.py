@@ -50,12 +50,13 @@ class Row:
     tied: bool = True
     frozen: bool = True
     rank_buffers: bool = True
-    empty: bool = __import__("os").environ.get("MOC_TRIAGE") != "1"
+    empty: bool = True
     extra_layer: bool = False
     expert_bias_extra: bool = False
     zero: tuple[tuple[str, Any], ...] = ()
     config: tuple[tuple[str, Any], ...] = ()
-    native_moe: bool = True
+    #: Steps (by engine.global_steps) whose gradients overflow, so that fp16 skips them.
+    poison: tuple[int, ...] = ()
 
     def with_model(self, **changes: Any) -> Row:
         return dataclasses.replace(self, **changes)
@@ -91,6 +92,8 @@ def _rows() -> dict[str, Row]:
             "z0_fp32_client_amsgrad", stage=0, dtype="fp32", optimizer="client_amsgrad", layers=ep2, scheduler="lambda"
         ),
         Row("z2_bf16_buffers_bf16", config=(("data_types", {"buffer_dtype": "bf16"}),), layers=ep2),
+        Row("z2_fp16", dtype="fp16", poison=(2, 8), gas=2),
+        Row("z0_fp16", stage=0, dtype="fp16", poison=(2, 8), layers=ep2),
         Row("w2_ep1", world=2, layers=(Layer(ep=1), Layer(experts=2, ep=1, k=2))),
         Row("w1", world=1, layers=(Layer(ep=1), Layer(ep=1, k=2))),
     ]
