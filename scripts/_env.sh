@@ -1,9 +1,8 @@
 # Sourced by quickstart.sh and test.sh: makes the virtual environment, or finds that it is up to date, and sets PYTHON.
 #
 #   MOC_VENV           where the environment lives             (default: .venv in the repository)
-#   MOC_PYTHON         the interpreter to make it with         (default: the newest python3 >= 3.10 on PATH)
-#   MOC_TORCH_INDEX    extra package index for torch           (default: PyTorch's CPU index where there is no NVIDIA GPU;
-#                      set it empty to use pip's own indexes only)
+#   MOC_PYTHON         the interpreter to make it with         (default: python3, else another Python >= 3.10 on PATH)
+#   MOC_TORCH_INDEX    extra package index for torch           (default: none; PyTorch's own has smaller CPU builds)
 #
 # It needs neither a compiler nor a GPU. It installs nothing outside the environment.
 
@@ -19,7 +18,7 @@ moc_die() {
 
 moc_find_python() {
     local candidate
-    for candidate in ${MOC_PYTHON:-python3.13 python3.12 python3.11 python3.10 python3 python}; do
+    for candidate in ${MOC_PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             command -v "$candidate"
             return 0
@@ -55,12 +54,8 @@ moc_pip() {
 
 moc_install() {
     local constraints="$MOC_ROOT/scripts/constraints.txt" torch_index=()
-    if [ -n "${MOC_TORCH_INDEX-unset}" ]; then
-        if [ -n "${MOC_TORCH_INDEX:-}" ]; then
-            torch_index=(--extra-index-url "$MOC_TORCH_INDEX")
-        elif [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/nvidiactl ]; then
-            torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu)
-        fi
+    if [ -n "${MOC_TORCH_INDEX:-}" ]; then
+        torch_index=(--extra-index-url "$MOC_TORCH_INDEX")
     fi
     # torch first and alone, so that nothing else decides which build of it comes; numpy silences torch's warning.
     moc_pip "torch (the large one)" --retries 2 -c "$constraints" ${torch_index[@]+"${torch_index[@]}"} torch numpy

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_env.sh
+moc_environment
 
 step() { printf '\n== %s\n' "$1"; }
 

@@ -55,7 +55,7 @@ class CheckpointSummary:
     Attributes:
         tag: its name.
         step: engine.global_steps.
-        attempt: attempt that committed it.
+        attempt: attempt that saved it.
         created: time of the commit in seconds since 1970; 0.0 if the manifest cannot be read.
         save_id: the save that it is from.
         nbytes: bytes of all tensors.

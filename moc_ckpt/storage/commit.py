@@ -69,7 +69,7 @@ def commit(
         The manifest.
 
     Raises:
-        StaleAttemptError: if a newer attempt owns the directory.
+        StaleAttemptError: if a newer attempt owns the directory, or the save is not in this attempt's past.
         CoverageError: if parts are missing or do not make a whole checkpoint.
         CorruptionError: if a pack that it needs is missing or has the wrong size.
         StorageError: if the store cannot be written or the lock is taken.
@@ -85,6 +85,7 @@ def commit(
         parts = [part for part in read_parts(store, tag, save_id) if part.save_id == save_id]
         _check_world(parts, world, f"{tag}/{save_id}")
         line = ancestry(store, attempt)
+        _check_timeline(store, parts, attempt, line)
         step = parts[0].step if parts else 0
         if base is None:
             base = _find_base(store, missing_experts(parts, moe_layers), step, line)
@@ -143,6 +144,18 @@ def _check_world(parts: Sequence[Part], world: int, where: str) -> None:
                 f"rank {part.rank} wrote its part in a world of {part.world} ranks, the commit is of {world}",
                 where=where,
                 fix="no checkpoint was committed; save again",
+            )
+
+
+def _check_timeline(store: Store, parts: Sequence[Part], attempt: int, line: list[tuple[int, int | None]]) -> None:
+    """Refuses a save of an older attempt that the current one did not continue from (it was rolled back)."""
+    for part in parts:
+        if not admissible((part.attempt, part.step), line):
+            raise StaleAttemptError(
+                f"the save is of step {part.step} of attempt {part.attempt}, which is not in the past of attempt "
+                f"{attempt}",
+                where=store.locate(f"{part.tag}/{part.save_id}"),
+                fix="a restart from an older step gave this save up; save again",
             )
 
 

@@ -20,6 +20,7 @@ __all__ = ["LocalStore", "fsync_dir", "make_dirs", "raise_storage_error", "tempo
 
 _TMP_MARK = ".tmp-"
 _IOV_MAX = 1024
+_READAHEAD_MIN = 1 << 20
 _FIXES = {
     errno.ENOSPC: "free space there, or point save_dir at a larger disk",
     errno.EDQUOT: "the quota is used up: free space, or ask for a larger quota",
@@ -148,8 +149,12 @@ class LocalStore(Store):
             size = os.fstat(fd).st_size
             for offset, views in ranges:
                 start = offset if offset >= 0 else size + offset
-                if start < 0 or start + sum(len(view) for view in views) > size:
+                count = sum(len(view) for view in views)
+                if start < 0 or start + count > size:
                     raise EOFError(f"{path} ends at byte {size:,}")
+                if count >= _READAHEAD_MIN:
+                    # Threads that read neighbouring parts defeat the kernel's own detection of sequential reading.
+                    os.posix_fadvise(fd, start, count, os.POSIX_FADV_WILLNEED)
                 _preadv_all(fd, views, start)
         except OSError as exc:
             raise_storage_error(exc, "reading", path)

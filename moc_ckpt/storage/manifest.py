@@ -211,7 +211,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         tag: the checkpoint's name.
         save_id: the save that it is from.
-        attempt: attempt that committed it.
+        attempt: attempt that saved it.
         step: engine.global_steps; all dense units are from this step.
         created: time of the commit in seconds since 1970.
         topology: the run that wrote it.

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distributed import harness, zoo
+from distributed import harness, oracle, zoo
 from distributed.harness import ON
 from distributed.pool import Pool
 from distributed.zoo import Layer
@@ -362,6 +363,36 @@ def case_one_rank_cannot_read(ctx: Any, path: str, victim: int) -> dict[str, Any
 def test_one_rank_cannot_read(pool: Pool, ckpt_dir: str, victim: int) -> None:
     results = pool.run(4, case_one_rank_cannot_read, path=ckpt_dir, victim=victim, deadline=DEADLINE)
     assert_all_raised(results, kind="MocError")
+
+
+def case_absent(ctx: Any, path: str, absent: int, what: str) -> dict[str, Any]:
+    """One rank never comes to a collective call."""
+    engine = harness.build("w2_ep1", world=ctx.world, seed=1, plugin={**ON, "timeouts": {"rendezvous_s": 3}})
+    engine.save_checkpoint(path, tag="old")
+    before = harness.snapshot(ctx, engine)
+    call = {"save": lambda: engine.save_checkpoint(path, tag="t"), "load": lambda: engine.load_checkpoint(path)}[what]
+    began = time.monotonic()
+    done = {"raised": None} if ctx.rank == absent else harness.attempt(call)
+    done.pop("value", None)
+    seconds = time.monotonic() - began
+    local = oracle.local_differences(before["local"], oracle.local_state(engine))
+    return {**done, "seconds": seconds, "changed": local, "manifest": Path(path, "t", "manifest.json").exists()}
+
+
+@pytest.mark.parametrize(("what", "absent"), [("save", 1), ("save", 0)])
+def test_absent_rank_is_named_before_the_deadline_of_the_group(
+    pool: Pool, ckpt_dir: str, what: str, absent: int
+) -> None:
+    results = pool.run(2, case_absent, path=ckpt_dir, absent=absent, what=what, deadline=DEADLINE, fresh_after=True)
+    for rank, result in enumerate(results):
+        assert result["changed"] == []
+        assert not result["manifest"]
+        if rank != absent:
+            assert result["raised"] == "RendezvousTimeoutError", result
+            assert result["seconds"] < 20
+            assert "rendezvous_s" in result["text"]
+            if rank == 0:
+                assert re.search(rf"(?i)ranks? {absent}\b", result["text"]), result["text"]
 
 
 # -------------------------------------------------------------------------------------- client_state

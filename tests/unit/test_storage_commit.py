@@ -189,6 +189,18 @@ def test_an_older_attempt_cannot_commit(store: Store) -> None:
     assert latest_tag(store) == "a" and not store.exists("b/manifest.json")
 
 
+def test_a_later_attempt_commits_only_what_it_continues(store: Store) -> None:
+    save(store, "a", 10)
+    for rank in range(2):
+        write_rank(store, "b", "s", rank, step=20, attempt=1)
+    open_attempt(store, parent=1, forked_at_step=15)
+    with pytest.raises(StaleAttemptError, match="step 20 of attempt 1, which is not in the past of attempt 2"):
+        commit_save(store, "b", "s", attempt=2)
+    assert latest_tag(store) == "a"
+    open_attempt(store, parent=1, forked_at_step=20)
+    assert commit_save(store, "b", "s", attempt=3).version == Version(1, 20)
+
+
 def test_commit_without_any_attempt_is_refused(store: Store) -> None:
     with pytest.raises(StaleAttemptError, match="no attempt at all"):
         commit_save(store, "b", "s", attempt=1)
