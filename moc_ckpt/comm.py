@@ -7,6 +7,7 @@ that failed before it would leave the others waiting.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # The barrier in front of each collective has the deadline; the group's own timeout is only a backstop.
 _BACKSTOP = timedelta(hours=1)
+_GO = "go"
+_engines = itertools.count()
 _groups: list[tuple[Any, Any]] = []
 
 
@@ -51,7 +54,12 @@ class Comm:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self._deadlines = {"rendezvous": rendezvous_s, "commit": commit_s}
+        self._arrivals = 0
         self._group = _own_group() if self.world > 1 else None
+        if self._group is not None:
+            self._store = dist.distributed_c10d._get_default_store()
+            # Engines are built in the same order on all ranks.
+            self._prefix = f"moc_ckpt/{next(_engines)}"
 
     def exchange(self, what: str, work: Callable[[], T], *, wait: str = "rendezvous") -> list[T]:
         """Runs `work` on every rank and returns the results of all ranks, in rank order.
@@ -117,15 +125,35 @@ class Comm:
         return result
 
     def _barrier(self, what: str, wait: str) -> None:
-        deadline = self._deadlines[wait]
+        """Waits until all ranks are here, or gives up on all of them alike.
+
+        Through the job's key-value store rather than a barrier of the backend: those wait without a deadline when the
+        rank that they count on is the absent one, and cannot name the others.
+        """
+        self._arrivals += 1
+        key, deadline = f"{self._prefix}/{self._arrivals}", self._deadlines[wait]
+        self._store.set(f"{key}/{self.rank}", "1")
+        if self._store.add(f"{key}/count", 1) == self.world:
+            self._store.compare_set(f"{key}/verdict", "", _GO)
         try:
-            dist.monitored_barrier(self._group, timeout=timedelta(seconds=deadline), wait_all_ranks=True)
-        except RuntimeError as error:
+            self._store.wait([f"{key}/verdict"], timedelta(seconds=deadline))
+        except RuntimeError:
+            missing = [rank for rank in range(self.world) if not self._store.check([f"{key}/{rank}"])]
+            # Whoever decides first decides for all: a rank that arrives late must give up as well.
+            self._store.compare_set(f"{key}/verdict", "", ",".join(map(str, missing)) or "?")
+        verdict = self._store.get(f"{key}/verdict").decode()
+        if verdict != _GO:
             raise RendezvousTimeoutError(
-                f"not all ranks arrived at {what!r} within {deadline:g} s ({str(error).splitlines()[0]})",
-                where=f"rank {self.rank} of {self.world}" + ("" if self.rank == 0 else "; rank 0 names who is missing"),
-                fix=f"look at the log of the missing ranks; raise moc_checkpoint.timeouts.{wait}_s if they were slow",
-            ) from error
+                f"ranks {verdict} did not arrive at {what!r} within {deadline:g} s",
+                where=f"rank {self.rank} of {self.world}",
+                fix=f"look at the log of ranks {verdict}; raise moc_checkpoint.timeouts.{wait}_s if they were slow",
+            )
+        # Everybody is here, so everybody has read the verdict before this one.
+        old = f"{self._prefix}/{self._arrivals - 1}"
+        self._store.delete_key(f"{old}/{self.rank}")
+        if self.rank == 0:
+            self._store.delete_key(f"{old}/count")
+            self._store.delete_key(f"{old}/verdict")
 
 
 def _describe(error: Exception | None) -> tuple[str, str, str, str] | None:

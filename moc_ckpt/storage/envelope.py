@@ -66,15 +66,16 @@ def open_envelope(data: bytes, body_type: type[_T], where: str) -> _T:
         raise CorruptionError("the file is damaged: it is not text", where=where, fix=fix) from exc
     header, raw = envelope.moc_ckpt, bytes(envelope.body)
     actual = _checksum(header.format_version, raw)
-    if header.crc32c != actual:
-        raise CorruptionError(
-            f"checksum mismatch: stored crc32c {header.crc32c}, data has {actual}", where=where, fix=fix
-        )
     if header.format_version > FORMAT_VERSION:
+        # Before the checksum, whose definition a newer version may have changed.
         raise FormatError(
             f"the file has format version {header.format_version}; this moc_ckpt reads versions up to {FORMAT_VERSION}",
             where=where,
-            fix="upgrade moc_ckpt",
+            fix="upgrade moc_ckpt" + ("" if header.crc32c == actual else ", unless the file is damaged"),
+        )
+    if header.crc32c != actual:
+        raise CorruptionError(
+            f"checksum mismatch: stored crc32c {header.crc32c}, data has {actual}", where=where, fix=fix
         )
     try:
         return msgspec.json.decode(raw, type=body_type)

@@ -161,8 +161,13 @@ def _optimised_ids(engine: Any) -> set[int]:
     wrapper = engine.optimizer
     for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(wrapper, attribute):
-            return {id(param) for group in getattr(wrapper, attribute) for param in group}
-    return {id(param) for group in wrapper.param_groups for param in group["params"] if param.numel()}
+            return {id(param) for group in getattr(wrapper, attribute) for param in group if _trains(param)}
+    return {id(param) for group in wrapper.param_groups for param in group["params"] if _trains(param)}
+
+
+def _trains(param: torch.Tensor) -> bool:
+    """Tells whether a parameter has optimizer state: some wrappers list frozen and empty ones too, others do not."""
+    return param.requires_grad and param.numel() > 0
 
 
 def _zero(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
@@ -234,13 +239,15 @@ def _unfused_16bit(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
     wrapper = engine.optimizer
     for group, members in enumerate(wrapper.fp16_groups):
         for param, master in zip(members, wrapper.fp32_groups[group], strict=True):
+            if not _trains(param):
+                continue
             yield _whole(names, param, _flat_view(names.of(param), master), group, master, 0)
 
 
 def _raw(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
     for group, options in enumerate(engine.optimizer.param_groups):
         for param in options["params"]:
-            if param.numel() and names.knows(param):
+            if _trains(param) and names.knows(param):
                 yield _whole(names, param, _flat_view(names.of(param), param), group, param, 0)
 
 

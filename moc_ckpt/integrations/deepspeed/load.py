@@ -10,6 +10,7 @@ import torch
 
 from moc_ckpt.errors import CorruptionError
 from moc_ckpt.integrations.deepspeed.client_state import decode_client_state
+from moc_ckpt.integrations.deepspeed.cpu_adam import replay_bias_correction
 from moc_ckpt.integrations.deepspeed.engine_state import restore_counters, restore_loss_scaler, restore_schedulers
 from moc_ckpt.integrations.deepspeed.match import check_model
 from moc_ckpt.integrations.deepspeed.rng import derive_rng, restore_rng
@@ -85,9 +86,9 @@ def load(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequ
 
 def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> _Prepared:
     catalog = moc.view.catalog(moc.comm.rank)
-    wanted = {entry.fragment.key for entry in catalog.entries} | {
-        TensorKey(shard.fqn, kind) for shard in catalog.shards for kind in (MASTER, WEIGHT)
-    }
+    wanted = {entry.fragment.key for entry in catalog.entries}
+    names = [shard.fqn for shard in catalog.shards] + [item.fqn for item in catalog.weights]
+    wanted |= {TensorKey(fqn, kind) for fqn in names for kind in (MASTER, WEIGHT)}
     with_optimizer = request.optimizer_states and not request.module_only
     tensors = index_manifest(manifest, wanted)
     missing = check_model(catalog, manifest, tensors, moc.view, strict=request.strict, with_optimizer=with_optimizer)
@@ -186,9 +187,9 @@ def _apply(moc: MocCheckpoint, prepared: _Prepared, values: Sequence[torch.Tenso
         need.apply(value)
     if prepared.records:
         apply_scalars(prepared.catalog, prepared.records, moc.view.state_of)
+        replay_bias_correction(moc.view.optimizer)
     if prepared.module is not None and request.custom_load_fn is not None:
-        localised = {moc.view.names.localise(fqn): tensor for fqn, tensor in prepared.module.items()}
-        request.custom_load_fn(src=localised, dst=moc.engine.module)
+        request.custom_load_fn(src=moc.view.state_dict_of(prepared.module), dst=moc.engine.module)
 
 
 def _refresh(

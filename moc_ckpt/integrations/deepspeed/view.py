@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,17 @@ class EngineView:
             if not _same_bits(cast, weight):
                 differ.add(shard.fqn)
         return differ
+
+    def state_dict_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns `tensors` (by full name) under the names of the module's own state_dict, tied aliases included."""
+        fqns = {id(tensor): self.names.globalise(name) for name, tensor in self.engine.module.named_parameters()}
+        fqns.update({id(tensor): self.names.globalise(name) for name, tensor in self.engine.module.named_buffers()})
+        found = {}
+        for name, tensor in self.engine.module.state_dict(keep_vars=True).items():
+            fqn = fqns.get(id(tensor), "")
+            if fqn in tensors:
+                found[name] = tensors[fqn]
+        return found
 
     def derive_weights(self) -> None:
         """Casts the masters into the model's weights; collective under ZeRO, which gathers the partitions."""
