@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "torch>=2.4",
         "deepspeed>=0.17",
-        "tensorstore>=0.1.64",
+        "tensorstore>=0.1.76",
         "pydantic>=2.5",
         "typer>=0.12",
         "rich>=13",

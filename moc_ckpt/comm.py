@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -27,19 +28,33 @@ logger = logging.getLogger(__name__)
 # The barrier in front of each collective has the deadline; the group's own timeout is only a backstop.
 _BACKSTOP = timedelta(hours=1)
 _GO = "go"
-_engines = itertools.count()
-_groups: list[tuple[Any, Any]] = []
 
 
-def _own_group() -> Any:
+class _World(NamedTuple):
+    """What all engines of one process group world share."""
+
+    world: Any
+    group: Any
+    token: str
+    engines: Iterator[int]
+
+
+_worlds: list[_World] = []
+
+
+def _own_world() -> _World:
     """Returns this package's group over the current world, made once; collective the first time."""
     world = dist.group.WORLD
-    for known, group in _groups:
-        if known is world:
-            return group
+    for known in _worlds:
+        if known.world is world:
+            return known
+    group = dist.new_group(backend="gloo", timeout=_BACKSTOP)
+    # The store may outlive a world, and with it keys of its barriers.
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0, group=group)
     # Groups of a world that was destroyed are of no use any more.
-    _groups[:] = [(world, dist.new_group(backend="gloo", timeout=_BACKSTOP))]
-    return _groups[0][1]
+    _worlds[:] = [_World(world, group, token[0], itertools.count())]
+    return _worlds[0]
 
 
 class Comm:
@@ -55,11 +70,13 @@ class Comm:
         self.world = dist.get_world_size()
         self._deadlines = {"rendezvous": rendezvous_s, "commit": commit_s}
         self._arrivals = 0
-        self._group = _own_group() if self.world > 1 else None
-        if self._group is not None:
+        self._group = None
+        if self.world > 1:
+            own = _own_world()
+            self._group = own.group
             self._store = dist.distributed_c10d._get_default_store()
             # Engines are built in the same order on all ranks.
-            self._prefix = f"moc_ckpt/{next(_engines)}"
+            self._prefix = f"moc_ckpt/{own.token}/{next(own.engines)}"
 
     def exchange(self, what: str, work: Callable[[], T], *, wait: str = "rendezvous") -> list[T]:
         """Runs `work` on every rank and returns the results of all ranks, in rank order.

@@ -487,7 +487,6 @@ def case_build(ctx: Any, plugin: Any, config: dict[str, Any], row: zoo.Row) -> d
         ({"enabled": True, "storage": {"checksum": "md5"}}, ["storage.checksum", "crc32c"]),
         ({"enabled": True, "timeouts": {"rendezvous_s": 0}}, ["timeouts.rendezvous_s"]),
         ({"enabled": True, "recovery": {"require_resume": "yes please"}}, ["recovery.require_resume"]),
-        ({"enabled": True, "sharding": "fair"}, ["sharding", "adaptive", "equal"]),
         ({"enabled": False, "stroage": {}}, ["stroage", "storage"]),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
