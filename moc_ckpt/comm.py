@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # The barrier in front of each collective has the deadline; the group's own timeout is only a backstop.
 _BACKSTOP = timedelta(hours=1)
 _GO = "go"
+_MIXED = "mixed:"
 
 
 class _World(NamedTuple):
@@ -150,7 +151,10 @@ class Comm:
         self._arrivals += 1
         key, deadline = f"{self._prefix}/{self._arrivals}", self._deadlines[wait]
         self._store.set(f"{key}/{self.rank}", "1")
-        if self._store.add(f"{key}/count", 1) == self.world:
+        common = self._store.compare_set(f"{key}/what", "", what).decode()
+        if common != what:
+            self._store.compare_set(f"{key}/verdict", "", f"{_MIXED}{what!r} while others are at {common!r}")
+        elif self._store.add(f"{key}/count", 1) == self.world:
             self._store.compare_set(f"{key}/verdict", "", _GO)
         try:
             self._store.wait([f"{key}/verdict"], timedelta(seconds=deadline))
@@ -159,6 +163,13 @@ class Comm:
             # Whoever decides first decides for all: a rank that arrives late must give up as well.
             self._store.compare_set(f"{key}/verdict", "", ",".join(map(str, missing)) or "?")
         verdict = self._store.get(f"{key}/verdict").decode()
+        if verdict.startswith(_MIXED):
+            raise RankError(
+                f"ranks make different calls: some are at {verdict.removeprefix(_MIXED)}",
+                where=f"rank {self.rank} of {self.world}",
+                fix="call save_checkpoint and load_checkpoint alike on all ranks; an earlier error on one rank alone "
+                "may have been ignored",
+            )
         if verdict != _GO:
             raise RendezvousTimeoutError(
                 f"ranks {verdict} did not arrive at {what!r} within {deadline:g} s",
@@ -169,8 +180,8 @@ class Comm:
         old = f"{self._prefix}/{self._arrivals - 1}"
         self._store.delete_key(f"{old}/{self.rank}")
         if self.rank == 0:
-            self._store.delete_key(f"{old}/count")
-            self._store.delete_key(f"{old}/verdict")
+            for name in ("count", "what", "verdict"):
+                self._store.delete_key(f"{old}/{name}")
 
 
 def _describe(error: Exception | None) -> tuple[str, str, str, str] | None:

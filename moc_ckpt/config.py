@@ -13,7 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moc_ckpt.errors import ConfigError
 
-__all__ = ["CONFIG_KEY", "MocConfig", "RecoveryConfig", "StorageConfig", "TimeoutsConfig", "parse_config"]
+__all__ = [
+    "CONFIG_KEY",
+    "MocConfig",
+    "RecoveryConfig",
+    "StorageConfig",
+    "TimeoutsConfig",
+    "find_config",
+    "parse_config",
+]
 
 CONFIG_KEY = "moc_checkpoint"
 
@@ -88,6 +96,28 @@ def parse_config(section: Mapping[str, Any] | None) -> MocConfig:
         return MocConfig.model_validate(dict(section))
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def find_config(settings: Mapping[str, Any]) -> MocConfig:
+    """Returns the configuration in a ds_config.
+
+    Args:
+        settings: the whole ds_config.
+
+    Raises:
+        ConfigError: as `parse_config`, and for a top-level key that is almost the section's name.
+    """
+    if CONFIG_KEY not in settings:
+        for key in settings:
+            # "checkpoint" is DeepSpeed's own.
+            alike = difflib.SequenceMatcher(None, str(key), CONFIG_KEY).ratio() > 0.75
+            if alike and str(key) != "checkpoint":
+                raise ConfigError(
+                    f"unknown key {key!r}: nothing would be checkpointed by this package",
+                    where=f"ds_config, key {key!r}",
+                    fix=f"did you mean {CONFIG_KEY!r}?",
+                )
+    return parse_config(settings.get(CONFIG_KEY))
 
 
 def _explain(error: ValidationError) -> ConfigError:

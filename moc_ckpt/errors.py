@@ -8,12 +8,14 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointNotFoundError",
+    "ClientStateError",
     "ConfigError",
     "CorruptionError",
     "CoverageError",
     "FormatError",
     "MocError",
     "ModelMismatchError",
+    "NotPlainError",
     "RankError",
     "RendezvousTimeoutError",
     "StaleAttemptError",
@@ -83,6 +85,14 @@ class CoverageError(MocError):
 
 class ModelMismatchError(MocError):
     """The checkpoint belongs to another model."""
+
+
+class NotPlainError(MocError):
+    """An object is not plain data; the message has its path and type."""
+
+
+class ClientStateError(MocError):
+    """client_state holds an object that could not be loaded again."""
 
 
 class StaleAttemptError(MocError):

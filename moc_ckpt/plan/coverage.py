@@ -134,5 +134,5 @@ def _raise(what: str, problems: list[str]) -> None:
     raise CoverageError(
         f"{what} ({len(problems)} problem{'s' if len(problems) > 1 else ''})",
         where="; ".join(problems[:_SHOWN]) + more,
-        fix="no checkpoint was committed; the earlier ones are intact. If all ranks finished their save, report this",
+        fix="nothing was committed or changed; if all ranks run the same model and configuration, report this",
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moc_ckpt.errors import UnsupportedError
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
-from moc_ckpt.state.unit import MoELayer, UnitMap
+from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer, UnitMap
 
 __all__ = ["Catalog", "Entry", "ParamShard", "StateGroup", "WeightTensor", "build_catalog", "dtype_name"]
 
@@ -45,7 +45,7 @@ class ParamShard:
         stop: one past the last element.
         master: 1-D view of the master copy of the part, `stop - start` elements.
         group: index into the optimizer's param groups.
-        state_key: tensor under which the optimizer keeps the state that covers the part; None where it holds nothing.
+        state_key: tensor under which the optimizer keeps the state that covers the part.
         state_offset: first element of the part in the flattened state tensors of `state_key`.
         holders: global ranks that hold identical bytes of this part, ascending.
         replicas: global ranks that hold the whole parameter in the model, ascending.
@@ -57,7 +57,7 @@ class ParamShard:
     stop: int
     master: torch.Tensor
     group: int
-    state_key: torch.Tensor | None
+    state_key: torch.Tensor
     state_offset: int
     holders: tuple[int, ...]
     replicas: tuple[int, ...]
@@ -90,7 +90,8 @@ class Entry:
         tensor: 1-D contiguous live view of exactly the fragment, or, for a whole tensor that is not
             contiguous in memory, the live tensor itself.
         holders: global ranks that hold identical bytes, ascending. One of them writes them.
-        frozen: a parameter without gradient (`exclude_frozen_parameters` leaves it out).
+        frozen: a dense parameter without gradient, which `exclude_frozen_parameters` leaves out. DeepSpeed always
+            writes experts.
     """
 
     fragment: Fragment
@@ -133,7 +134,6 @@ class Catalog:
     layers: tuple[MoELayer, ...]
     declared: Mapping[TensorKey, tuple[str, tuple[int, ...]]]
     moment_kinds: tuple[Mapping[str, str], ...]
-    _by_fqn: dict[str, ParamShard] = field(default_factory=dict)
 
     def buffers(self) -> list[WeightTensor]:
         """Returns the persistent buffers."""
@@ -188,7 +188,7 @@ def build_catalog(
             declare(shard.fqn, WEIGHT, dtype, shape, shard.replicas)
             whole = Fragment(shard.fqn, WEIGHT, dtype, shape, 0, shard.param.numel())
             entries.append(Entry(whole, unit, _live(shard.param), shard.replicas))
-        if shard.start == shard.stop or shard.state_key is None:
+        if shard.start == shard.stop:
             continue
         fragment = Fragment(shard.fqn, MASTER, master_dtype, shape, shard.start, shard.stop)
         entries.append(Entry(fragment, unit, shard.master, shard.holders))
@@ -205,7 +205,8 @@ def build_catalog(
             fragment = Fragment(item.fqn, WEIGHT, dtype, shape, 0, item.tensor.numel())
             # Buffers may differ between replicas; the logical value is the first replica's, as in DeepSpeed.
             holders = item.replicas[:1] if item.is_buffer else item.replicas
-            frozen = not item.is_buffer and not item.tensor.requires_grad
+            dense = EXPERTS_MARK not in item.fqn
+            frozen = dense and not item.is_buffer and not item.tensor.requires_grad
             entries.append(Entry(fragment, units.unit_of(item.fqn), _live(item.tensor), holders, frozen))
 
     return Catalog(

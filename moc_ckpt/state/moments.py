@@ -39,7 +39,7 @@ def materialise_state(optimizer: torch.optim.Optimizer) -> int:
     """
     created = 0
     for index, group in enumerate(optimizer.param_groups):
-        missing = [param for param in group["params"] if param.numel() and not optimizer.state.get(param)]
+        missing = [p for p in group["params"] if p.requires_grad and p.numel() and not optimizer.state.get(p)]
         if not missing:
             continue
         templates: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
@@ -114,9 +114,7 @@ def _scratch_step(
     if isinstance(probe_group.get("step"), (int, float)):
         probe_group["step"] = 0
     saved_groups, saved_state = optimizer.param_groups, optimizer.state
-    hooks = {
-        name: getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    }
+    hooks = {name: getattr(optimizer, name, None) for name in _HOOKS}
     optimizer.param_groups = [probe_group]
     optimizer.state = defaultdict(dict)
     if state is not None:

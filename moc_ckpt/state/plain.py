@@ -12,15 +12,11 @@ import msgspec
 import numpy as np
 import torch
 
-from moc_ckpt.errors import FormatError, MocError
+from moc_ckpt.errors import FormatError, NotPlainError
 
-__all__ = ["NotPlainError", "decode_plain", "encode_plain"]
+__all__ = ["decode_plain", "encode_plain"]
 
 _TAG = "$"
-
-
-class NotPlainError(MocError):
-    """An object is not plain data; the message has its path and type."""
 
 
 def encode_plain(value: Any, root: str) -> bytes:

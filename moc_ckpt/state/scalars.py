@@ -27,27 +27,23 @@ ScalarRecord = dict[str, Any]
 _LAYOUT_KEYS = frozenset({"params", "name", "moe", "foreach", "fused", "capturable", "differentiable"})
 
 
-def collect_scalars(
-    catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping[str, Any]], only_declared: bool = True
-) -> list[ScalarRecord]:
-    """Returns the records of this rank's parameters.
+def collect_scalars(catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping[str, Any]]) -> list[ScalarRecord]:
+    """Returns the records of the parameters of which this rank is the first replica.
 
     Args:
         catalog: this rank's catalog.
         state_of: returns the optimizer's state under a key.
-        only_declared: leave out parameters of which another rank is the first replica.
 
     Raises:
         NotPlainError: if a group has an option that is not plain data.
     """
     records: dict[tuple[int, bytes], ScalarRecord] = {}
     for shard in catalog.shards:
-        if only_declared and shard.replicas[0] != catalog.rank:
+        if shard.replicas[0] != catalog.rank:
             continue
         group = catalog.groups[shard.group]
-        key = shard.state_key if shard.state_key is not None else group.keys[0]
         kinds = catalog.moment_kinds[shard.group]
-        scalars = {name: value for name, value in state_of(key).items() if name not in kinds}
+        scalars = {name: value for name, value in state_of(shard.state_key).items() if name not in kinds}
         encoded = encode_plain(scalars, f"optimizer.state[{shard.fqn}]")
         record = records.get((shard.group, encoded))
         if record is None:
@@ -91,11 +87,9 @@ def apply_scalars(
         known = by_group.setdefault(shard.group, [])
         if all(record is not other for other in known):
             known.append(record)
-        keys = (shard.state_key,) if shard.state_key is not None else catalog.groups[shard.group].keys
-        for key in keys:
-            sources = by_key.setdefault(id(key), (key, []))[1]
-            if all(record is not other for other in sources):
-                sources.append(record)
+        sources = by_key.setdefault(id(shard.state_key), (shard.state_key, []))[1]
+        if all(record is not other for other in sources):
+            sources.append(record)
     for index, found in by_group.items():
         first = found[0]
         for other in found[1:]:
@@ -110,6 +104,9 @@ def apply_scalars(
                     where=f"{first['fqns'][0]} and {other['fqns'][0]}",
                     fix="group the parameters as in the run that saved the checkpoint",
                 )
+    for _, sources in by_key.values():
+        for name in sources[0]["scalars"]:
+            _latest(name, [record["scalars"].get(name) for record in sources])
     if check_only:
         return
     for index, found in by_group.items():

@@ -64,6 +64,11 @@ def _read(store: Store, number: int) -> Attempt:
     return open_envelope(data, Attempt, where)
 
 
+def has_attempt(store: Store, number: int) -> bool:
+    """Tells whether there is a record of the attempt."""
+    return store.exists(_key(number))
+
+
 def list_attempts(store: Store) -> list[Attempt]:
     """Returns all attempts, oldest first.
 
@@ -89,6 +94,7 @@ def open_attempt(
     forked_at_step: int | None = None,
     info: dict[str, Any] | None = None,
     *,
+    after: int = 0,
     timeout_s: float = 60.0,
 ) -> Attempt:
     """Opens the next attempt; from then on no older one can commit here.
@@ -100,6 +106,7 @@ def open_attempt(
         parent: number of the attempt whose state is continued, None for a start from scratch.
         forked_at_step: step of that state; needed with a parent.
         info: plain data about the run.
+        after: the new number is above this one as well: checkpoints may have been copied here without the records.
         timeout_s: seconds to wait for a commit in progress.
 
     Returns:
@@ -118,7 +125,7 @@ def open_attempt(
                 raise StorageError(
                     f"there is no attempt {parent} to continue", where=store.locate(ATTEMPTS), fix="check the directory"
                 )
-            number = numbers[-1] + 1 if numbers else 1
+            number = max([after, *numbers]) + 1
             record = Attempt(number, uuid.uuid4().hex, parent, forked_at_step, time.time(), info or {})
             if store.create(_key(number), seal_envelope(record)):
                 return record

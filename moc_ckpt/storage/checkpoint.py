@@ -191,16 +191,23 @@ def read_extra(store: Store, record: ExtraRecord) -> bytes:
 
 
 def latest_tag(store: Store) -> str | None:
-    """Returns the tag that `latest` names, None if there is no such file."""
+    """Returns the tag that `latest` names, None if there is no such file.
+
+    Raises:
+        CorruptionError: if the file is empty or not text: training must not start from scratch because of it.
+    """
     data = store.read(LATEST)
     if data is None:
         return None
-    try:
-        return data.decode().strip() or None
-    except UnicodeDecodeError:
+    tag = data.decode(errors="replace").strip()
+    if not tag or "\ufffd" in tag:
+        tags = list_tags(store)
         raise CorruptionError(
-            "the file `latest` is damaged", where=store.locate(LATEST), fix="name the tag that you want"
-        ) from None
+            "the file `latest` is damaged",
+            where=store.locate(LATEST),
+            fix=f"name the tag that you want ({', '.join(tags) or 'there is none'}), or write it into the file",
+        )
+    return tag
 
 
 def list_tags(store: Store) -> list[str]:
@@ -289,7 +296,7 @@ def _explain_missing(store: Store, tag: str) -> NoReturn:
         raise CheckpointNotFoundError(
             f"checkpoint {tag!r} was not finished: {_count_parts(keys)}, but it was never committed",
             where=store.locate(tag),
-            fix=f"`moc-ckpt recover` commits it if all ranks finished; otherwise use another one ({there})",
+            fix=f"use another one ({there})",
         )
     raise CheckpointNotFoundError(f"there is no checkpoint {tag!r}", where=store.url, fix=there)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
+
 from moc_ckpt.errors import StaleAttemptError, StorageError
 from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
 from moc_ckpt.storage.checkpoint import (
@@ -99,6 +101,7 @@ def commit(
             is_admissible=lambda version: admissible(version, line),
             ledger=ledger,
         )
+        manifest = msgspec.structs.replace(manifest, kept=not save_latest)
         _check_files(store, manifest)
         store.write(manifest_key(tag), encode_manifest(manifest))
         if save_latest:

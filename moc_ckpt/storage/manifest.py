@@ -151,7 +151,7 @@ class Topology(msgspec.Struct, frozen=True):
     Attributes:
         world: number of ranks.
         zero_stage: ZeRO stage, 0 for none.
-        expert_parallel: expert-parallel size by group name.
+        expert_parallel: expert-parallel size by prefix of the MoE layer.
         precision: e.g. `bf16`.
         versions: package versions by name.
     """
@@ -223,6 +223,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         fragments: where every byte of every tensor is.
         extra: files beside the packs, by name.
         ledger: the lost-token ledger as plain data.
+        kept: saved aside, without moving `latest`: retention neither counts nor removes it.
         format_version: version of the format.
     """
 
@@ -240,6 +241,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     fragments: FragmentTable
     extra: dict[str, ExtraRecord] = {}
     ledger: dict[str, Any] | None = None
+    kept: bool = False
     format_version: int = FORMAT_VERSION
 
     @property

@@ -71,7 +71,8 @@ def plan_retention(
 
     Args:
         manifests: all committed checkpoints of a directory.
-        keep_last: number of newest commits that stay; 0 keeps all. The newest one stays in any case.
+        keep_last: number of newest commits that stay; 0 keeps all. The newest one stays in any case. Commits that
+            were saved aside (`Manifest.kept`) stay and do not count.
         keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
         protect: tags that stay in any case.
 
@@ -86,10 +87,13 @@ def plan_retention(
     ordered = sorted(manifests, key=lambda item: (item.attempt, item.created, item.step), reverse=True)
     keep: list[Manifest] = []
     drop: list[Manifest] = []
-    for position, manifest in enumerate(ordered):
+    position = 0
+    for manifest in ordered:
+        position += not manifest.kept
         stays = (
-            keep_last == 0
-            or position < keep_last
+            manifest.kept
+            or keep_last == 0
+            or position <= keep_last
             or (keep_every > 0 and manifest.step % keep_every == 0)
             or manifest.tag in protect
         )

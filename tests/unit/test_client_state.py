@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
-from moc_ckpt.errors import CorruptionError
-from moc_ckpt.integrations.deepspeed.client_state import ClientStateError, decode_client_state, encode_client_state
+from moc_ckpt.errors import ClientStateError, CorruptionError
+from moc_ckpt.integrations.deepspeed.client_state import decode_client_state, encode_client_state
 
 
 class Thing:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moc_ckpt.errors import FormatError
-from moc_ckpt.state.plain import NotPlainError, decode_plain, encode_plain
+from moc_ckpt.errors import FormatError, NotPlainError
+from moc_ckpt.state.plain import decode_plain, encode_plain
 
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.binary(max_size=8)

@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-from moc_ckpt.errors import CorruptionError, MocError
+from moc_ckpt.errors import ClientStateError, CorruptionError
 
-__all__ = ["ClientStateError", "decode_client_state", "encode_client_state"]
+__all__ = ["decode_client_state", "encode_client_state"]
 
 # How torch.load names the type that it refuses.
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 _TRUST = "moc_checkpoint.recovery.trust_client_state"
-
-
-class ClientStateError(MocError):
-    """client_state holds an object that could not be loaded again."""
 
 
 def encode_client_state(state: Mapping[str, Any], *, trust: bool) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moc_ckpt.errors import ModelMismatchError
 
-__all__ = ["capture_engine", "restore_counters", "restore_loss_scaler", "restore_schedulers"]
+__all__ = ["capture_engine", "check_schedulers", "restore_counters", "restore_loss_scaler", "restore_schedulers"]
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 # Names under which DeepSpeed's 16-bit optimizers keep their scaling state, over its versions.
@@ -36,7 +36,7 @@ def capture_engine(engine: Any) -> dict[str, Any]:
             if _has_number(holder, name)
         },
     }
-    if engine.lr_scheduler is not None and hasattr(engine.lr_scheduler, "state_dict"):
+    if _has_scheduler(engine):
         state["lr_scheduler"] = engine.lr_scheduler.state_dict()
     if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
         state["random_ltd"] = engine.random_ltd_scheduler.state_dict()
@@ -62,14 +62,22 @@ def restore_loss_scaler(engine: Any, state: dict[str, Any]) -> None:
                 setattr(holder, name, value)
 
 
+def check_schedulers(engine: Any, state: dict[str, Any], *, lr: bool) -> None:
+    """Raises ModelMismatchError if `restore_schedulers` could not restore what this engine has."""
+    if lr and _has_scheduler(engine) and "lr_scheduler" not in state:
+        raise ModelMismatchError(
+            "the checkpoint has no learning-rate scheduler, but this run has one",
+            fix="pass load_lr_scheduler_states=False, or configure no scheduler",
+        )
+
+
+def _has_scheduler(engine: Any) -> bool:
+    return engine.lr_scheduler is not None and hasattr(engine.lr_scheduler, "load_state_dict")
+
+
 def restore_schedulers(engine: Any, state: dict[str, Any], *, lr: bool) -> None:
     """Restores the learning-rate scheduler (if asked for), random-LTD and the curriculum's data sampler."""
-    if lr and engine.lr_scheduler is not None and hasattr(engine.lr_scheduler, "load_state_dict"):
-        if "lr_scheduler" not in state:
-            raise ModelMismatchError(
-                "the checkpoint has no learning-rate scheduler, but this run has one",
-                fix="pass load_lr_scheduler_states=False, or configure no scheduler",
-            )
+    if lr and _has_scheduler(engine):
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if "random_ltd" in state and engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
         engine.random_ltd_scheduler.load_state_dict(state["random_ltd"])

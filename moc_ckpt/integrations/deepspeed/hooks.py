@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from moc_ckpt.config import CONFIG_KEY, MocConfig, parse_config
+from moc_ckpt.config import MocConfig, find_config
 from moc_ckpt.errors import UnsupportedError
 
 __all__ = ["install"]
@@ -37,7 +37,7 @@ def _wrap_init(engine_class: type) -> None:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         settings = _settings(args, kwargs)
-        config = parse_config(settings.get(CONFIG_KEY))
+        config = find_config(settings)
         self.moc = None
         if config.enabled:
             _preflight(engine_class, self, settings)
@@ -76,7 +76,7 @@ def _preflight(engine_class: type, engine: Any, settings: Mapping[str, Any]) -> 
 
     check_version(deepspeed.__version__, engine_class, groups)
     check_settings(settings)
-    if type(engine).__name__ != "DeepSpeedEngine" and "Pipeline" in type(engine).__name__:
+    if "Pipeline" in type(engine).__name__:
         raise UnsupportedError(
             "moc_checkpoint does not support pipeline parallelism (PP) yet",
             where=f"engine class {type(engine).__name__}",

@@ -42,9 +42,12 @@ class ModelNames:
         return f"{prefix}{mark}{first + int(index)}.{tail}"
 
     def localise(self, fqn: str) -> str | None:
-        """Returns the module's own name of a global one; None for an expert of another rank."""
+        """Returns the module's own name of a global one; None for an expert of another rank.
+
+        Names of layers that this model does not have come back unchanged.
+        """
         prefix, mark, rest = fqn.partition(EXPERTS_MARK)
-        if not mark:
+        if not mark or prefix not in self._locals:
             return fqn
         index, _, tail = rest.partition(".")
         first, replicas = self._locals[prefix]
@@ -70,10 +73,6 @@ class ModelNames:
                 fix="make it a parameter of the module, so that it has a name",
             )
         return name
-
-    def knows(self, param: torch.Tensor) -> bool:
-        """Tells whether the parameter is one of the model's."""
-        return id(param) in self._names
 
     def replicas(self, fqn: str) -> tuple[int, ...]:
         """Returns the global ranks that hold the whole tensor, ascending."""
@@ -247,7 +246,7 @@ def _unfused_16bit(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
 def _raw(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
     for group, options in enumerate(engine.optimizer.param_groups):
         for param in options["params"]:
-            if _trains(param) and names.knows(param):
+            if _trains(param):
                 yield _whole(names, param, _flat_view(names.of(param), param), group, param, 0)
 
 

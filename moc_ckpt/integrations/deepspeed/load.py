@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,14 @@ import torch
 from moc_ckpt.errors import CorruptionError
 from moc_ckpt.integrations.deepspeed.client_state import decode_client_state
 from moc_ckpt.integrations.deepspeed.cpu_adam import replay_bias_correction
-from moc_ckpt.integrations.deepspeed.engine_state import restore_counters, restore_loss_scaler, restore_schedulers
+from moc_ckpt.integrations.deepspeed.engine_state import (
+    check_schedulers,
+    restore_counters,
+    restore_loss_scaler,
+    restore_schedulers,
+)
 from moc_ckpt.integrations.deepspeed.match import check_model
-from moc_ckpt.integrations.deepspeed.rng import derive_rng, restore_rng
+from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, STATE, rank_file
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
 from moc_ckpt.recovery.restorer import index_manifest, stage
@@ -21,7 +27,7 @@ from moc_ckpt.state.catalog import Catalog, dtype_name
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, apply_scalars, index_scalars
-from moc_ckpt.state.unit import UnitMap
+from moc_ckpt.state.unit import MoELayer, UnitMap
 from moc_ckpt.storage.checkpoint import manifest_key, read_extra
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
@@ -55,14 +61,17 @@ class _Need:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
+    """What one rank keeps to itself between the phases."""
+
     catalog: Catalog
+    with_optimizer: bool
     needs: tuple[_Need, ...]
     plan: RecoveryPlan
     records: Mapping[str, ScalarRecord]
     state: Mapping[str, Any]
     rank_state: Mapping[str, Any]
     client_state: dict[str, Any]
-    module: dict[str, torch.Tensor] | None
+    module: dict[str, torch.Tensor]
 
 
 def load(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> dict[str, Any]:
@@ -76,25 +85,45 @@ def load(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequ
             engine is untouched.
     """
     comm = moc.comm
-    prepared = comm.agree("preparing to load", lambda: _prepare(moc, store, manifest, request), wait="commit")
+    box: list[_Prepared] = []
+
+    def prepare() -> dict[str, str]:
+        box.append(_prepare(moc, store, manifest, request))
+        return digest_rng(capture_rng())
+
+    digests = comm.exchange("preparing to load", prepare, wait="commit")
+    prepared = box[0]
     values = comm.agree("reading the checkpoint", lambda: _stage(store, manifest, prepared))
     comm.agree("restoring", lambda: _apply(moc, prepared, values, request))
-    _refresh(moc, prepared, manifest, values, request)
-    comm.agree("restoring schedulers and RNG", lambda: _finish(moc, manifest, prepared, request))
+    if request.custom_load_fn is None or (prepared.with_optimizer and moc.view.partitioned):
+        moc.view.derive_weights()
+    comm.agree("finishing the restore", lambda: _finish(moc, manifest, prepared, values, request, digests))
     return prepared.client_state
 
 
 def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> _Prepared:
     catalog = moc.view.catalog(moc.comm.rank)
+    state = decode_plain(_extra(store, manifest, STATE), STATE)
+    with_optimizer = request.optimizer_states and not request.module_only
+    surgery = request.custom_load_fn is not None
     wanted = {entry.fragment.key for entry in catalog.entries}
     names = [shard.fqn for shard in catalog.shards] + [item.fqn for item in catalog.weights]
     wanted |= {TensorKey(fqn, kind) for fqn in names for kind in (MASTER, WEIGHT)}
-    with_optimizer = request.optimizer_states and not request.module_only
-    tensors = index_manifest(manifest, wanted)
-    missing = check_model(catalog, manifest, tensors, moc.view, strict=request.strict, with_optimizer=with_optimizer)
-    state = decode_plain(_extra(store, manifest, STATE), STATE)
+    tensors = index_manifest(manifest, None if surgery else wanted)
+    skipped = check_model(
+        catalog,
+        manifest,
+        tensors,
+        moc.view,
+        strict=request.strict,
+        with_optimizer=with_optimizer,
+        surgery=surgery,
+        excluded_frozen=state["excluded_frozen"],
+    )
     records = index_scalars(state["optimizer"]) if with_optimizer else {}
     apply_scalars(catalog, records, moc.view.state_of, check_only=True)
+    if not request.module_only:
+        check_schedulers(moc.engine, state["engine"], lr=request.lr_scheduler_states)
 
     same_world = manifest.topology.world == moc.comm.world
     name = rank_file(moc.comm.rank if same_world else 0)
@@ -104,31 +133,36 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         trust=moc.config.recovery.trust_client_state,
         where=store.locate(manifest.extra[CLIENT_STATE].path),
     )
-    module: dict[str, torch.Tensor] | None = {} if request.custom_load_fn is not None else None
-    needs = _needs(catalog, tensors, missing, set(state["underived"]), with_optimizer=with_optimizer)
-    if module is not None:
-        needs = [*_without_weights(needs), *_module_needs(catalog, tensors, missing, module)]
+    needs = _needs(catalog, tensors, skipped, set(state["underived"]), with_optimizer=with_optimizer)
+    module: dict[str, torch.Tensor] = {}
+    if surgery:
+        needs = [need for need in needs if need.fragment.kind != WEIGHT]
+        needs += _module_needs(moc, manifest, tensors, module)
     plan = resolve(tensors, [need.fragment for need in needs])
-    return _Prepared(catalog, tuple(needs), plan, records, state, rank_state, client_state, module)
+    return _Prepared(catalog, with_optimizer, tuple(needs), plan, records, state, rank_state, client_state, module)
 
 
 def _needs(
     catalog: Catalog,
     tensors: Mapping[TensorKey, StoredTensor],
-    missing: set[str],
+    skipped: set[str],
     underived: set[str],
     *,
     with_optimizer: bool,
 ) -> list[_Need]:
-    needs = [
-        _Need(entry.fragment, entry.load)
-        for entry in catalog.entries
-        if entry.fragment.fqn not in missing and (with_optimizer or entry.fragment.kind in (MASTER, WEIGHT))
-    ]
-    # Weights that are not their master's cast were stored; they follow once the others are derived (_refresh).
+    needs = []
+    for entry in catalog.entries:
+        fragment = entry.fragment
+        if fragment.fqn in skipped or not (with_optimizer or fragment.kind in (MASTER, WEIGHT)):
+            continue
+        if fragment.key not in tensors:
+            # Without optimizer states, what was trained may be frozen now and the other way round.
+            fragment = replace(fragment, kind=MASTER if fragment.kind == WEIGHT else WEIGHT)
+        needs.append(_Need(fragment, entry.load))
+    # Weights that are not their master's cast were stored; they follow once the others are derived (_finish).
     for shard in catalog.shards:
         key = TensorKey(shard.fqn, WEIGHT)
-        if shard.fqn in underived and key in tensors and shard.fqn not in missing:
+        if shard.fqn in underived and key in tensors and shard.fqn not in skipped:
             dtype = dtype_name(shard.param.dtype)
             if tensors[key].dtype == dtype:
                 whole = Fragment(shard.fqn, WEIGHT, dtype, tuple(shard.param.shape), 0, shard.param.numel())
@@ -137,33 +171,33 @@ def _needs(
 
 
 def _later(values: torch.Tensor) -> None:
-    """Marks values that `_refresh` applies."""
-
-
-def _without_weights(needs: Sequence[_Need]) -> list[_Need]:
-    return [need for need in needs if need.fragment.kind != WEIGHT]
+    """Marks values that `_finish` applies."""
 
 
 def _module_needs(
-    catalog: Catalog, tensors: Mapping[TensorKey, StoredTensor], missing: set[str], module: dict[str, torch.Tensor]
+    moc: MocCheckpoint, manifest: Manifest, tensors: Mapping[TensorKey, StoredTensor], module: dict[str, torch.Tensor]
 ) -> list[_Need]:
-    """What a custom_load_fn gets: every tensor of this rank's module, whole."""
+    """What a custom_load_fn gets: every stored weight, whole, in the shape and precision of the run that saved it.
 
-    def keep(fqn: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[torch.Tensor], None]:
+    Of the experts of layers that this model has too, only those of this rank, under their local names.
+    """
+    precision = getattr(torch, manifest.topology.precision)
+
+    def keep(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[torch.Tensor], None]:
         def apply(values: torch.Tensor) -> None:
-            module[fqn] = values.to(dtype).reshape(shape)
+            module[name] = values.to(dtype).reshape(shape)
 
         return apply
 
-    found: dict[str, tuple[str, torch.Tensor]] = {shard.fqn: (MASTER, shard.param) for shard in catalog.shards}
-    found.update({item.fqn: (WEIGHT, item.tensor) for item in catalog.weights})
     needs = []
-    for fqn, (kind, tensor) in found.items():
-        key = TensorKey(fqn, kind)
-        if fqn not in missing and key in tensors:
-            shape = tuple(tensor.shape)
-            fragment = Fragment(fqn, kind, tensors[key].dtype, shape, 0, tensor.numel())
-            needs.append(_Need(fragment, keep(fqn, tensor.dtype, shape)))
+    for key, tensor in tensors.items():
+        stored_too = key.kind == MASTER and TensorKey(key.fqn, WEIGHT) in tensors
+        name = moc.view.names.localise(key.fqn)
+        if key.kind not in (MASTER, WEIGHT) or stored_too or name is None:
+            continue
+        dtype = precision if key.kind == MASTER else getattr(torch, tensor.dtype)
+        fragment = Fragment(key.fqn, key.kind, tensor.dtype, tensor.shape, 0, math.prod(tensor.shape))
+        needs.append(_Need(fragment, keep(name, dtype, tensor.shape)))
     return needs
 
 
@@ -177,7 +211,7 @@ def _extra(store: Store, manifest: Manifest, name: str) -> bytes:
 
 
 def _stage(store: Store, manifest: Manifest, prepared: _Prepared) -> list[torch.Tensor]:
-    units = UnitMap(prepared.catalog.layers)
+    units = UnitMap([MoELayer(item.ordinal, item.prefix, item.num_experts) for item in manifest.moe_layers])
     fragments = [need.fragment for need in prepared.needs]
     return stage(store, manifest, prepared.plan, fragments, [units.unit_of(item.fqn) for item in fragments])
 
@@ -188,49 +222,47 @@ def _apply(moc: MocCheckpoint, prepared: _Prepared, values: Sequence[torch.Tenso
     if prepared.records:
         apply_scalars(prepared.catalog, prepared.records, moc.view.state_of)
         replay_bias_correction(moc.view.optimizer)
-    if prepared.module is not None and request.custom_load_fn is not None:
-        request.custom_load_fn(src=moc.view.state_dict_of(prepared.module), dst=moc.engine.module)
+    if request.custom_load_fn is not None:
+        request.custom_load_fn(src=moc.view.with_aliases(prepared.module), dst=moc.engine.module)
 
 
-def _refresh(
+def _finish(
     moc: MocCheckpoint,
-    prepared: _Prepared,
     manifest: Manifest,
+    prepared: _Prepared,
     values: Sequence[torch.Tensor],
     request: LoadRequest,
+    digests: Sequence[Mapping[str, str]],
 ) -> None:
-    """Derives weights from masters (collective under ZeRO), or masters from weights where DeepSpeed does."""
-    with_optimizer = request.optimizer_states and not request.module_only
-    partitioned = hasattr(moc.engine.optimizer, "update_lp_params")
-    if request.custom_load_fn is None or (with_optimizer and partitioned):
-        moc.view.derive_weights()
+    """What follows once weights are derived from masters. Not collective."""
+    engine, catalog = moc.engine, prepared.catalog
+    same_world = manifest.topology.world == moc.comm.world
     with torch.no_grad():
-        by_fqn = {shard.fqn: shard for shard in prepared.catalog.shards}
         if request.custom_load_fn is None:
+            params = {shard.fqn: shard.param for shard in catalog.shards}
             for need, value in zip(prepared.needs, values, strict=True):
                 if need.apply is _later:
-                    param = by_fqn[need.fragment.fqn].param
+                    param = params[need.fragment.fqn]
                     param.copy_(value.view(param.shape))
-        if not with_optimizer:
-            # As DeepSpeed: without optimizer states the masters begin at the weights.
-            for shard in prepared.catalog.shards:
-                shard.master.copy_(shard.param.detach().view(-1)[shard.start : shard.stop])
-        if request.custom_load_fn is None and manifest.topology.world == moc.comm.world:
-            own = prepared.rank_state["buffers"]
-            for item in prepared.catalog.buffers():
+            own = prepared.rank_state["buffers"] if same_world else {}
+            for item in catalog.buffers():
                 if item.fqn in own:
                     item.tensor.copy_(own[item.fqn])
-
-
-def _finish(moc: MocCheckpoint, manifest: Manifest, prepared: _Prepared, request: LoadRequest) -> None:
+        if not prepared.with_optimizer:
+            # As DeepSpeed under ZeRO: without optimizer states the masters begin at the weights.
+            for shard in catalog.shards:
+                shard.master.copy_(shard.param.detach().view(-1)[shard.start : shard.stop])
     if request.module_only:
         return
-    engine, state = moc.engine, prepared.state["engine"]
+    state = prepared.state["engine"]
     if request.optimizer_states:
         restore_loss_scaler(engine, state)
     restore_schedulers(engine, state, lr=request.lr_scheduler_states)
     restore_counters(engine, state)
-    if manifest.topology.world == moc.comm.world:
-        restore_rng(dict(prepared.rank_state["rng"]))
+    streams = dict(prepared.rank_state["rng"])
+    if same_world:
+        restore_rng(streams)
     else:
-        derive_rng(dict(prepared.rank_state["rng"]), set(prepared.state["rng_shared"]), moc.comm.rank, manifest.step)
+        # One saved rank shares every stream with itself: what this world shares decides as well.
+        shared = {name for name, digest in digests[0].items() if all(other.get(name) == digest for other in digests)}
+        derive_rng(streams, shared & set(prepared.state["rng_shared"]), moc.comm.rank, manifest.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,16 +12,16 @@ from typing import Any
 from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
-from moc_ckpt.errors import CheckpointNotFoundError, MocError
+from moc_ckpt.errors import CheckpointNotFoundError, MocError, StorageError
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, load
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
-from moc_ckpt.integrations.deepspeed.save import SaveRequest, save, save_dir_text
+from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, save
 from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
-from moc_ckpt.storage.attempts import open_attempt
-from moc_ckpt.storage.checkpoint import latest_tag, load_manifest, new_save_id
+from moc_ckpt.storage.attempts import has_attempt, open_attempt
+from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints, load_manifest, new_save_id
 from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology, decode_manifest, encode_manifest
 from moc_ckpt.storage.retention import apply_retention
@@ -87,7 +88,7 @@ class MocCheckpoint:
         """
         begin = time.perf_counter()
         request = SaveRequest(
-            save_dir=save_dir_text(save_dir),
+            save_dir=directory_text(save_dir, "save_dir"),
             tag=f"global_step{self.engine.global_steps}" if tag is None else str(tag),
             client_state=client_state or {},
             save_latest=save_latest,
@@ -125,7 +126,7 @@ class MocCheckpoint:
                 untouched.
         """
         begin = time.perf_counter()
-        text = save_dir_text(load_dir)
+        text = directory_text(load_dir, "load_dir")
         data = self.comm.from_first("finding the checkpoint", lambda: self._find(text, tag), wait="commit")
         if data is None:
             if self.comm.rank == 0:
@@ -143,11 +144,9 @@ class MocCheckpoint:
         client_state = load(self, store, manifest, request)
         self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
         self.engine.loaded_checkpoint_mp_world_size = 1
-        # What is saved here from now on is a new attempt, which forks at the restored step.
-        self._attempts.pop(store.url, None)
-        self._restored.pop(store.url, None)
-        if not load_module_only:
-            self._restored[store.url] = (manifest.attempt, manifest.step)
+        # Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
+        self._attempts.clear()
+        self._restored = {} if load_module_only else {store.url: (manifest.attempt, manifest.step)}
         self.underived = frozenset()
         self._underived_step = -1
         if self.comm.rank == 0:
@@ -181,16 +180,37 @@ class MocCheckpoint:
             store = open_store(save_dir, create=True)
             store.check_writable()
             attempt = self._attempts.get(store.url)
-            if attempt is None:
-                parent, step = self._restored.get(store.url, (None, None))
-                info = {"world": self.comm.world, "version": self.version}
-                attempt = open_attempt(store, parent=parent, forked_at_step=step, info=info).attempt
-            return attempt, new_save_id()
+            return self._open_attempt(store) if attempt is None else attempt, new_save_id()
 
         attempt, save_id = self.comm.from_first("opening the save directory", first, wait="commit")
-        store = self.comm.agree("opening the save directory", lambda: open_store(save_dir), wait="rendezvous")
+
+        def see() -> Store:
+            store = open_store(save_dir)
+            if not has_attempt(store, attempt):
+                raise StorageError(
+                    "this rank does not see what rank 0 wrote into the save directory",
+                    where=f"{save_dir} on host {socket.gethostname()}",
+                    fix="save into a directory that all nodes share, and check that it is mounted on this one",
+                )
+            return store
+
+        store = self.comm.agree("looking into the save directory", see, wait="rendezvous")
         self._attempts[store.url] = attempt
         return store, attempt, save_id
+
+    def _open_attempt(self, store: Store) -> int:
+        """Opens this run's attempt in a directory; rank 0 only."""
+        parent, step = self._restored.get(store.url, (None, None))
+        if parent is not None and not has_attempt(store, parent):
+            logger.warning(
+                "%s has checkpoints of attempt %d without its record (copied?): a new line of attempts begins",
+                store.url,
+                parent,
+            )
+            parent = step = None
+        copied = max((summary.attempt for summary in list_checkpoints(store)), default=0)
+        info = {"world": self.comm.world, "version": self.version}
+        return open_attempt(store, parent=parent, forked_at_step=step, info=info, after=copied).attempt
 
     def commit(
         self,
@@ -276,7 +296,13 @@ class MocCheckpoint:
     def _retain(self, store: Store, manifest: Manifest) -> None:
         storage = self.config.storage
         try:
-            apply_retention(store, keep_last=storage.keep_last, keep_every=storage.keep_every, attempt=manifest.attempt)
+            report = apply_retention(
+                store, keep_last=storage.keep_last, keep_every=storage.keep_every, attempt=manifest.attempt
+            )
+            if report.blocked:
+                logger.warning("retention removes nothing: %s", report.blocked)
+            if report.dropped:
+                logger.info("removed %s (storage.keep_last is %d)", ", ".join(report.dropped), storage.keep_last)
         except MocError as error:
             # The checkpoint is committed; files that could not be removed are tried again after the next one.
             logger.warning("retention failed: %s", error)

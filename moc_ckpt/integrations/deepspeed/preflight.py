@@ -72,6 +72,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             "sequence parallelism": (settings.get("sequence_parallel_size") or 1) > 1,
             "the hybrid engine": bool(_section(settings, "hybrid_engine").get("enabled")),
             "load_universal_checkpoint": bool(_section(settings, "checkpoint").get("load_universal")),
+            "checkpoint.use_node_local_storage": bool(_section(settings, "checkpoint").get("use_node_local_storage")),
         }
     )
 

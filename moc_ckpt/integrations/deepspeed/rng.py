@@ -75,11 +75,12 @@ def derive_rng(source: dict[str, Any], shared: set[str], rank: int, step: int) -
     """Sets this rank's generators in a world of another size.
 
     A stream that all ranks shared (a common data order, say) stays shared and goes on where it was. The
-    others are seeded from (saved seed, rank, step): reproducible, and different on every rank.
+    others are seeded from (saved seed, rank, step): reproducible, and different on every rank. Trackers of named
+    device generators that are not shared keep the seeds that this run gave them.
 
     Args:
         source: the streams of the saved rank 0.
-        shared: names of the streams that were equal on all saved ranks.
+        shared: names of the streams that are equal on all ranks, of the saved world and of this one.
         rank: this rank.
         step: the step that is restored.
     """

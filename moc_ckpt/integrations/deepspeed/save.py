@@ -30,7 +30,7 @@ from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["CLIENT_STATE", "STATE", "SaveRequest", "rank_file", "save"]
+__all__ = ["CLIENT_STATE", "STATE", "SaveRequest", "directory_text", "rank_file", "save"]
 
 STATE = "state.msgpack"
 CLIENT_STATE = "client_state.pt"
@@ -95,18 +95,19 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> Manifest:
     writers = assign_writers(
         (item for reply in local for item in reply.replicated), {rank: reply.load for rank, reply in enumerate(local)}
     )
-    mine = [entry for entry in _selected(catalog, request) if _writer_of(entry, writers) == comm.rank]
-    plan = plan_save([(entry.fragment, entry.unit) for entry in mine])
-    tensors = [entry.flat() for entry in mine]
-    sources = [LiveSource(pack, [tensors[item.index] for item in pack.fragments]) for pack in plan.packs]
-    extras = _extras(moc, request, catalog, prepared, local, sorted(stored_weights))
-    skipped = {entry.fragment.key for entry in catalog.entries if request.exclude_frozen and entry.frozen}
-    declared = {key: value for key, value in catalog.declared.items() if key not in skipped}
     ident = SaveId(request.tag, save_id, Version(attempt, engine.global_steps), comm.rank, comm.world)
-    comm.agree(
-        "writing the checkpoint",
-        lambda: write_rank(store, ident, plan, sources, extras, declared, threads=moc.config.storage.writer_threads),
-    )
+
+    def write() -> None:
+        mine = [entry for entry in _selected(catalog, request) if _writer_of(entry, writers) == comm.rank]
+        plan = plan_save([(entry.fragment, entry.unit) for entry in mine])
+        tensors = [entry.flat() for entry in mine]
+        sources = [LiveSource(pack, [tensors[item.index] for item in pack.fragments]) for pack in plan.packs]
+        extras = _extras(moc, request, catalog, prepared, local)
+        skipped = {entry.fragment.key for entry in catalog.entries if request.exclude_frozen and entry.frozen}
+        declared = {key: value for key, value in catalog.declared.items() if key not in skipped}
+        write_rank(store, ident, plan, sources, extras, declared, threads=moc.config.storage.writer_threads)
+
+    comm.agree("writing the checkpoint", write)
     return moc.commit(
         store,
         ident,
@@ -171,7 +172,6 @@ def _extras(
     catalog: Catalog,
     prepared: _Prepared,
     local: list[_Local],
-    stored_weights: list[str],
 ) -> dict[str, bytes]:
     rank = moc.comm.rank
     # The logical value of a buffer is its first replica's; a rank whose own differs keeps it for an equal world.
@@ -186,9 +186,7 @@ def _extras(
         state = {
             "engine": prepared.engine_state,
             "optimizer": [record for reply in local for record in reply.scalars],
-            "optimizer_class": type(moc.view.optimizer).__name__,
             "underived": sorted(moc.underived),
-            "stored_weights": stored_weights,
             "excluded_frozen": request.exclude_frozen,
             "rng_shared": shared,
         }
@@ -227,9 +225,9 @@ def _topology(moc: MocCheckpoint) -> Topology:
     )
 
 
-def save_dir_text(save_dir: str | os.PathLike[str]) -> str:
-    """Returns the directory as text; raises ValueError where it is empty, as DeepSpeed does."""
-    text = os.fspath(save_dir) if save_dir else ""
+def directory_text(directory: str | os.PathLike[str], name: str) -> str:
+    """Returns a directory argument as text; raises ValueError where it is empty, as DeepSpeed does."""
+    text = os.fspath(directory) if directory else ""
     if not text:
-        raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+        raise ValueError(f"{name} must be a non-empty string, got {directory!r}")
     return str(text)

@@ -68,22 +68,25 @@ class EngineView:
                 differ.add(shard.fqn)
         return differ
 
-    def state_dict_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns `tensors` (by full name) under the names of the module's own state_dict, tied aliases included."""
-        fqns = {id(tensor): self.names.globalise(name) for name, tensor in self.engine.module.named_parameters()}
-        fqns.update({id(tensor): self.names.globalise(name) for name, tensor in self.engine.module.named_buffers()})
-        found = {}
+    @property
+    def partitioned(self) -> bool:
+        """Tells whether DeepSpeed partitions the masters, so that deriving weights is collective."""
+        return hasattr(self.engine.optimizer, "update_lp_params")
+
+    def with_aliases(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns `tensors`, by the module's own names, with the further names of tied ones added."""
+        first = {id(tensor): name for name, tensor in self.engine.module.named_parameters()}
+        found = dict(tensors)
         for name, tensor in self.engine.module.state_dict(keep_vars=True).items():
-            fqn = fqns.get(id(tensor), "")
-            if fqn in tensors:
-                found[name] = tensors[fqn]
+            known = first.get(id(tensor), name)
+            if known in tensors:
+                found[name] = tensors[known]
         return found
 
     def derive_weights(self) -> None:
         """Casts the masters into the model's weights; collective under ZeRO, which gathers the partitions."""
-        wrapper = self.engine.optimizer
-        if hasattr(wrapper, "update_lp_params"):
-            wrapper.update_lp_params()
+        if self.partitioned:
+            self.engine.optimizer.update_lp_params()
             return
         with torch.no_grad():
             for shard in param_shards(self.engine, self.names):
