@@ -103,10 +103,18 @@ def test_only_what_nobody_needs_goes(store: Store) -> None:
 
 def test_keep_every_and_latest_and_protected_tags_stay(store: Store) -> None:
     for step in (10, 15, 20, 25, 30):
-        save(store, f"t{step}", step, save_latest=step == 15)
+        save(store, f"t{step}", step)
+    store.write("latest", b"t15")
     report = apply_retention(store, keep_last=1, keep_every=20, protect=["t25"])
     assert set(report.kept) == {"t15", "t20", "t25", "t30"}
     assert list_tags(store) == ["t15", "t20", "t25", "t30"]
+
+
+def test_checkpoints_saved_aside_stay_and_do_not_count(store: Store) -> None:
+    for step in (10, 15, 20, 25, 30):
+        save(store, f"t{step}", step, save_latest=step not in (10, 30))
+    assert set(apply_retention(store, keep_last=2).kept) == {"t10", "t20", "t25", "t30"}
+    assert list_tags(store) == ["t10", "t20", "t25", "t30"]
 
 
 def test_keep_last_0_keeps_all_but_cleans_up(store: Store) -> None:
