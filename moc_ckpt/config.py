@@ -109,9 +109,10 @@ def find_config(settings: Mapping[str, Any]) -> MocConfig:
     """
     if CONFIG_KEY not in settings:
         for key in settings:
-            # "checkpoint" is DeepSpeed's own.
-            alike = difflib.SequenceMatcher(None, str(key), CONFIG_KEY).ratio() > 0.75
-            if alike and str(key) != "checkpoint":
+            # Only what cannot be meant for anybody else: "checkpoint", for one, is DeepSpeed's own.
+            plain = str(key).lower().replace("-", "_")
+            alike = difflib.SequenceMatcher(None, plain, CONFIG_KEY).ratio() > 0.7
+            if alike and plain.startswith("mo"):
                 raise ConfigError(
                     f"unknown key {key!r}: nothing would be checkpointed by this package",
                     where=f"ds_config, key {key!r}",

@@ -64,9 +64,9 @@ def _read(store: Store, number: int) -> Attempt:
     return open_envelope(data, Attempt, where)
 
 
-def has_attempt(store: Store, number: int) -> bool:
-    """Tells whether there is a record of the attempt."""
-    return store.exists(_key(number))
+def has_attempt(store: Store, number: int, ident: str | None = None) -> bool:
+    """Tells whether there is a record of the attempt, and it is the one with this id (if given)."""
+    return store.exists(_key(number)) and (ident is None or _read(store, number).id == ident)
 
 
 def list_attempts(store: Store) -> list[Attempt]:

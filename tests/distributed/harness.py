@@ -191,7 +191,6 @@ def reset() -> None:
     `deepspeed.utils.debug` and, harmless but leaking, the process groups of the previous engine.
     """
     import torch.distributed as dist
-    from deepspeed.runtime import torch_autocast
     from deepspeed.utils import debug, groups
 
     while _ENGINES:
@@ -204,11 +203,14 @@ def reset() -> None:
         *groups._ALL_TO_ALL_GROUP.values(),
         groups._WORLD_GROUP,
     ]
-    groups._EXPERT_PARALLEL_GROUP.clear()
-    groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
-    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
-    groups._ALL_TO_ALL_GROUP.clear()
+    for name in (
+        "_EXPERT_PARALLEL_GROUP",
+        "_EXPERT_PARALLEL_GROUP_RANKS",
+        "_EXPERT_DATA_PARALLEL_GROUP",
+        "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+        "_ALL_TO_ALL_GROUP",
+    ):
+        getattr(groups, name, {}).clear()
     for name in (
         "_WORLD_GROUP",
         "_ZERO_PARAM_INTRA_PARALLEL_GROUP",
@@ -222,8 +224,11 @@ def reset() -> None:
     ):
         setattr(groups, name, None)
     groups.expert_tensor_parallel_world_size = 1
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-    torch_autocast.TORCH_AUTOCAST_DTYPE = None
+    with contextlib.suppress(ImportError):  # older versions have no autocast of their own
+        from deepspeed.runtime import torch_autocast
+
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+        torch_autocast.TORCH_AUTOCAST_DTYPE = None
     debug.debug_clear_module_and_param_names()
     with contextlib.suppress(ImportError, TypeError):
         from deepspeed.module_inject import set_autotp_mode

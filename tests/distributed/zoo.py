@@ -53,6 +53,10 @@ class Row:
     empty: bool = True
     extra_layer: bool = False
     expert_bias_extra: bool = False
+    dense_name: str = "dense"
+    odd: int = 3
+    #: Parameters whose names start with one of these are frozen as well.
+    freeze: tuple[str, ...] = ()
     zero: tuple[tuple[str, Any], ...] = ()
     config: tuple[tuple[str, Any], ...] = ()
     #: Steps (by engine.global_steps) whose gradients overflow, so that fp16 skips them.
@@ -178,7 +182,7 @@ def build_model(row: Row, *, rank: int, world: int, seed: int) -> Any:
         def __init__(self, layer: Layer) -> None:
             super().__init__()
             self.norm = nn.LayerNorm(row.hidden)
-            self.dense = nn.Linear(row.hidden, row.hidden)
+            setattr(self, row.dense_name, nn.Linear(row.hidden, row.hidden))
             self.moe = MoE(
                 row.hidden,
                 Expert(),
@@ -193,7 +197,8 @@ def build_model(row: Row, *, rank: int, world: int, seed: int) -> Any:
             )
 
         def forward(self, x: Any) -> tuple[Any, Any]:
-            h = torch.nn.functional.dropout(torch.tanh(self.dense(self.norm(x))), row.dropout, self.training)
+            h = torch.tanh(getattr(self, row.dense_name)(self.norm(x)))
+            h = torch.nn.functional.dropout(h, row.dropout, self.training)
             out, aux, _ = self.moe(h)
             return x + out, aux
 
@@ -206,7 +211,7 @@ def build_model(row: Row, *, rank: int, world: int, seed: int) -> Any:
             self.blocks = nn.ModuleList(Block(layer) for layer in row.layers)
             if row.extra_layer:
                 self.extra_dense = nn.Linear(row.hidden, row.hidden)
-            self.odd = nn.Parameter(torch.zeros(3, 1))
+            self.odd = nn.Parameter(torch.zeros(row.odd, 1))
             if row.empty:
                 self.empty = nn.Parameter(torch.zeros(0, 5))
             if row.frozen:
@@ -249,6 +254,9 @@ def build_model(row: Row, *, rank: int, world: int, seed: int) -> Any:
 
     net = Net()
     net.world, net.data_first = world, dict(row.config).get("use_data_before_expert_parallelism", False)
+    for name, tensor in net.named_parameters():
+        if row.freeze and name.startswith(row.freeze):
+            tensor.requires_grad_(False)
     with torch.no_grad():
         for name, tensor in net.named_parameters():
             generator = torch.Generator().manual_seed(_hash(f"{seed}|{initial_name(net, name, rank)}"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moc_ckpt.config import MocConfig, parse_config
+from moc_ckpt.config import MocConfig, find_config, parse_config
 from moc_ckpt.errors import ConfigError
 
 
@@ -66,3 +66,26 @@ def test_several_problems_are_told_at_once():
         parse_config({"enable": True, "save_weights": "all"})
     assert "moc_checkpoint.enable" in caught.value.what
     assert "moc_checkpoint.save_weights" in caught.value.what
+
+
+@pytest.mark.parametrize("key", ["moc_chekpoint", "moc-checkpoint", "mocCheckpoint", "moc_checkpoints", "mocheckpoint"])
+def test_almost_the_name_of_the_section_is_refused(key):
+    with pytest.raises(ConfigError) as caught:
+        find_config({"train_batch_size": 8, key: {"enabled": True}})
+    assert repr(key) in caught.value.what
+    assert "'moc_checkpoint'" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["checkpoint", "activation_checkpointing", "data_efficiency", "compression_training", "my_experiment", "mode", ""],
+)
+def test_other_keys_of_a_ds_config_are_no_concern(key):
+    assert find_config({key: {"enabled": True}}) == MocConfig()
+    section = {"enabled": True, "storage": {"keep_last": 7}}
+    assert find_config({key: {}, "moc_checkpoint": section}).storage.keep_last == 7
+
+
+def test_wrong_values_are_found_in_a_whole_ds_config():
+    with pytest.raises(ConfigError, match="keep_lst"):
+        find_config({"checkpoint": {}, "moc_checkpoint": {"storage": {"keep_lst": 3}}})

@@ -144,6 +144,24 @@ def test_latest_is_left_alone_on_request(store: Store) -> None:
     assert [item.tag for item in list_checkpoints(store)] == ["b", "a"]
 
 
+@pytest.mark.parametrize("data", [b"", b" \n\t", b"a\xff\xfe", b"\xef\xbf"], ids=["empty", "blank", "not text", "cut"])
+def test_damaged_latest_is_refused_and_names_the_tags(store: Store, data: bytes) -> None:
+    """None would mean a start from scratch."""
+    assert latest_tag(store) is None
+    store.write("latest", data)
+    with pytest.raises(CorruptionError, match="there is none"):
+        latest_tag(store)
+    save(store, "t10", 10)
+    save(store, "t20", 20)
+    assert latest_tag(store) == "t20"
+    store.write("latest", data)
+    with pytest.raises(CorruptionError, match="latest") as caught:
+        latest_tag(store)
+    assert "t10, t20" in caught.value.fix
+    store.write("latest", b"t10\n")
+    assert latest_tag(store) == "t10"
+
+
 def test_commit_of_an_incomplete_save_changes_nothing(store: Store) -> None:
     save(store, "a", 10)
     write_rank(store, "b", "s2", 0, step=20, attempt=1)

@@ -160,12 +160,13 @@ def _optimised_ids(engine: Any) -> set[int]:
     wrapper = engine.optimizer
     for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(wrapper, attribute):
-            return {id(param) for group in getattr(wrapper, attribute) for param in group if _trains(param)}
+            # A frozen one that a wrapper lists (as older versions do) has a master, and weight decay changes it.
+            return {id(param) for group in getattr(wrapper, attribute) for param in group if param.numel()}
     return {id(param) for group in wrapper.param_groups for param in group["params"] if _trains(param)}
 
 
 def _trains(param: torch.Tensor) -> bool:
-    """Tells whether a parameter has optimizer state: some wrappers list frozen and empty ones too, others do not."""
+    """Tells whether a raw optimizer keeps state for a parameter: it steps over frozen and empty ones."""
     return param.requires_grad and param.numel() > 0
 
 
@@ -238,7 +239,7 @@ def _unfused_16bit(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
     wrapper = engine.optimizer
     for group, members in enumerate(wrapper.fp16_groups):
         for param, master in zip(members, wrapper.fp32_groups[group], strict=True):
-            if not _trains(param):
+            if not param.numel():
                 continue
             yield _whole(names, param, _flat_view(names.of(param), master), group, master, 0)
 

@@ -65,6 +65,7 @@ class _Prepared:
 
     catalog: Catalog
     with_optimizer: bool
+    skipped: set[str]
     needs: tuple[_Need, ...]
     plan: RecoveryPlan
     records: Mapping[str, ScalarRecord]
@@ -136,10 +137,19 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
     needs = _needs(catalog, tensors, skipped, set(state["underived"]), with_optimizer=with_optimizer)
     module: dict[str, torch.Tensor] = {}
     if surgery:
-        needs = [need for need in needs if need.fragment.kind != WEIGHT]
+        # The function loads the weights: of them only the masters that lie apart are restored here.
+        apart = {shard.fqn for shard in catalog.shards if shard.master.data_ptr() != shard.param.data_ptr()}
+        kept = {MASTER} if with_optimizer else set()
+        needs = [
+            need
+            for need in needs
+            if need.fragment.kind not in (MASTER, WEIGHT) or (need.fragment.kind in kept and need.fragment.fqn in apart)
+        ]
         needs += _module_needs(moc, manifest, tensors, module)
     plan = resolve(tensors, [need.fragment for need in needs])
-    return _Prepared(catalog, with_optimizer, tuple(needs), plan, records, state, rank_state, client_state, module)
+    return _Prepared(
+        catalog, with_optimizer, skipped, tuple(needs), plan, records, state, rank_state, client_state, module
+    )
 
 
 def _needs(
@@ -224,6 +234,11 @@ def _apply(moc: MocCheckpoint, prepared: _Prepared, values: Sequence[torch.Tenso
         replay_bias_correction(moc.view.optimizer)
     if request.custom_load_fn is not None:
         request.custom_load_fn(src=moc.view.with_aliases(prepared.module), dst=moc.engine.module)
+        with torch.no_grad():
+            # What has no master in the checkpoint begins at what the function loaded.
+            for shard in prepared.catalog.shards:
+                if shard.fqn in prepared.skipped:
+                    shard.master.copy_(shard.param.detach().view(-1)[shard.start : shard.stop])
 
 
 def _finish(

@@ -20,7 +20,7 @@ from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
-from moc_ckpt.storage.attempts import has_attempt, open_attempt
+from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
 from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints, load_manifest, new_save_id
 from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology, decode_manifest, encode_manifest
@@ -62,7 +62,7 @@ class MocCheckpoint:
         self.view: EngineView = self.comm.agree("reading the engine", self._build_view, wait="rendezvous")
         self.underived: frozenset[str] = frozenset()
         self._underived_step = -1
-        self._attempts: dict[str, int] = {}
+        self._attempts: dict[str, Attempt] = {}
         self._restored: dict[str, tuple[int, int]] = {}
         self._check_coverage()
 
@@ -176,7 +176,7 @@ class MocCheckpoint:
             The store, this run's attempt in it, and a new save_id that all ranks share.
         """
 
-        def first() -> tuple[int, str]:
+        def first() -> tuple[Attempt, str]:
             store = open_store(save_dir, create=True)
             store.check_writable()
             attempt = self._attempts.get(store.url)
@@ -186,7 +186,7 @@ class MocCheckpoint:
 
         def see() -> Store:
             store = open_store(save_dir)
-            if not has_attempt(store, attempt):
+            if not has_attempt(store, attempt.attempt, attempt.id):
                 raise StorageError(
                     "this rank does not see what rank 0 wrote into the save directory",
                     where=f"{save_dir} on host {socket.gethostname()}",
@@ -196,9 +196,9 @@ class MocCheckpoint:
 
         store = self.comm.agree("looking into the save directory", see, wait="rendezvous")
         self._attempts[store.url] = attempt
-        return store, attempt, save_id
+        return store, attempt.attempt, save_id
 
-    def _open_attempt(self, store: Store) -> int:
+    def _open_attempt(self, store: Store) -> Attempt:
         """Opens this run's attempt in a directory; rank 0 only."""
         parent, step = self._restored.get(store.url, (None, None))
         if parent is not None and not has_attempt(store, parent):
@@ -210,7 +210,7 @@ class MocCheckpoint:
             parent = step = None
         copied = max((summary.attempt for summary in list_checkpoints(store)), default=0)
         info = {"world": self.comm.world, "version": self.version}
-        return open_attempt(store, parent=parent, forked_at_step=step, info=info, after=copied).attempt
+        return open_attempt(store, parent=parent, forked_at_step=step, info=info, after=copied)
 
     def commit(
         self,

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The distributed tests on the oldest DeepSpeed that is supported, in a virtual environment of its own.
+# Arguments go to pytest. MOC_OLDEST picks another version.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+oldest="${MOC_OLDEST:-0.17.0}"
+export MOC_VENV="${MOC_VENV:-$PWD/.venv-deepspeed-$oldest}"
+# shellcheck source=scripts/_env.sh
+source scripts/_env.sh
+moc_environment
+if [ "$("$PYTHON" -c 'from importlib.metadata import version; print(version("deepspeed"))')" != "$oldest" ]; then
+    DS_BUILD_OPS=0 moc_pip "deepspeed $oldest" --no-build-isolation --no-deps "deepspeed==$oldest"
+fi
+exec "$PYTHON" -m pytest tests/distributed "$@"
