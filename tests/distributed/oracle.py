@@ -159,7 +159,8 @@ def assemble(everyone: list[list[Any]]) -> dict[str, dict[str, Any]]:
                 seen = covered[name, kind][start:stop]
                 old = entry[kind][start:stop]
                 where = f"{name} {kind} [{start}:{stop}] rank {rank}"
-                assert bits_equal(old[seen], piece[seen]), f"{where}: replicas differ"
+                same = bits_equal(old[seen], piece[seen])
+                assert same, f"{where}: replicas differ, {old[seen][:4].tolist()} and {piece[seen][:4].tolist()}"
                 entry[kind][start:stop] = piece
                 covered[name, kind][start:stop] = True
     for (name, kind), seen in covered.items():
