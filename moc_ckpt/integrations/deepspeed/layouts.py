@@ -205,6 +205,8 @@ def _flat_partitions(
         size = master.numel()
         low = dist.get_rank(process_groups[group]) * size
         for param in members:
+            if not param.numel():  # older versions keep them in the group
+                continue
             offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
             # Clamped to the parameter: partitions before or after it hold nothing of it.
             start = min(max(low - offset, 0), param.numel())
@@ -231,6 +233,8 @@ def _fused_16bit(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
         master = wrapper.fp32_groups_flat[group]
         flat = wrapper.fp16_groups_flat[group]
         for param in members:
+            if not param.numel():
+                continue
             offset = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
             yield _whole(names, param, master.detach().narrow(0, offset, param.numel()), group, master, offset)
 
