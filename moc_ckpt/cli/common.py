@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from moc_ckpt.storage.store import Store
 __all__ = [
     "PROBLEM",
     "WRONG_USE",
+    "AsJson",
+    "Directory",
+    "Tag",
     "age",
     "choose_tag",
     "print_json",
@@ -34,6 +37,11 @@ PROBLEM = 1
 """Exit status: something is wrong with the data."""
 WRONG_USE = 2
 """Exit status: the command asks for something that is not there or not possible."""
+
+# Arguments that every verb on a checkpoint takes.
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory or URL (a run's save_dir).")]
+Tag = Annotated[str | None, typer.Argument(help="Checkpoint; without it the one that `latest` names.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def stdout() -> Console:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-import typer
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from moc_ckpt.cli.common import age, choose_tag, print_json, size, stdout, what_went_wrong, when
+from moc_ckpt.cli.common import AsJson, Directory, Tag, age, choose_tag, print_json, size, stdout, what_went_wrong, when
 from moc_ckpt.state.unit import parse_expert_unit
 from moc_ckpt.storage.checkpoint import CheckpointSummary, list_checkpoints, load_manifest
 from moc_ckpt.storage.manifest import Manifest
@@ -22,9 +21,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory or URL (a run's save_dir).")],
-    tag: Annotated[str | None, typer.Argument(help="Checkpoint; without it the one that `latest` names.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    directory: Directory,
+    tag: Tag = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds: step, topology, bytes, the age of every expert, and the other tags."""
     with what_went_wrong(as_json):

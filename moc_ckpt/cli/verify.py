@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from moc_ckpt.cli.common import PROBLEM, choose_tag, print_json, size, stderr, stdout, what_went_wrong
+from moc_ckpt.cli.common import (
+    PROBLEM,
+    AsJson,
+    Directory,
+    Tag,
+    choose_tag,
+    print_json,
+    size,
+    stderr,
+    stdout,
+    what_went_wrong,
+)
 from moc_ckpt.storage import verify as storage_verify
 from moc_ckpt.storage.store import Store, open_store
 
@@ -18,9 +28,9 @@ __all__ = ["verify"]
 
 
 def verify(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory or URL (a run's save_dir).")],
-    tag: Annotated[str | None, typer.Argument(help="Checkpoint; without it the one that `latest` names.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    directory: Directory,
+    tag: Tag = None,
+    as_json: AsJson = False,
 ) -> None:
     """Read every byte of a checkpoint, also what it takes from older tags, and compare every checksum."""
     with what_went_wrong(as_json):

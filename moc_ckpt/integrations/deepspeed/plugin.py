@@ -94,13 +94,13 @@ class MocCheckpoint:
             save_latest=save_latest,
             exclude_frozen=exclude_frozen_parameters,
         )
-        manifest = save(self, request)
+        stored_bytes = save(self, request)
         if self.comm.rank == 0:
             logger.info(
                 "COMMITTED %s: step %d, %s in %.2f s, at %s",
-                manifest.tag,
-                manifest.step,
-                _bytes(sum(pack.stored_bytes for pack in manifest.packs)),
+                request.tag,
+                self.engine.global_steps,
+                _bytes(stored_bytes),
                 time.perf_counter() - begin,
                 request.save_dir,
             )
@@ -221,10 +221,14 @@ class MocCheckpoint:
         moe_layers: list[MoELayerRecord],
         parameters: int,
         save_latest: bool,
-    ) -> Manifest:
-        """Publishes the manifest from rank 0, then drops what retention no longer keeps; collective."""
+    ) -> int:
+        """Publishes the manifest from rank 0, then drops what retention no longer keeps; collective.
 
-        def first() -> bytes:
+        Returns:
+            Bytes of the checkpoint's packs in storage.
+        """
+
+        def first() -> int:
             manifest = commit(
                 store,
                 ident.tag,
@@ -238,10 +242,10 @@ class MocCheckpoint:
                 base=(),
             )
             self._retain(store, manifest)
-            return encode_manifest(manifest)
+            return sum(pack.stored_bytes for pack in manifest.packs)
 
-        data = self.comm.from_first("committing the checkpoint", first, wait="commit")
-        return decode_manifest(data, ident.tag)
+        # Not the manifest: it is large in a large world, and nobody else needs it.
+        return self.comm.from_first("committing the checkpoint", first, wait="commit")
 
     def synchronize(self) -> None:
         """Waits for the device, so that live tensors hold the state of this step."""
@@ -272,8 +276,7 @@ class MocCheckpoint:
 
         replies = self.comm.exchange("reading the catalogs", mine)
         declared = {key: value for reply in replies for key, value in reply[0].items()}
-        layers = [MoELayerRecord(item.ordinal, item.prefix, item.num_experts) for item in self.view.names.layers]
-        check_experts(layers, declared)
+        check_experts(self.view.names.layers, declared)
         check_coverage(declared, (span for reply in replies for span in reply[1]))
         if self.comm.rank == 0:
             parameters = {key.fqn for key in declared}

@@ -25,7 +25,7 @@ from moc_ckpt.state.scalars import ScalarRecord, collect_scalars
 from moc_ckpt.state.unit import Version
 from moc_ckpt.storage.checkpoint import check_tag
 from moc_ckpt.storage.checksum import crc32c
-from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology
+from moc_ckpt.storage.manifest import MoELayerRecord, Topology
 
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
@@ -77,8 +77,11 @@ class _Prepared:
     engine_state: dict[str, Any] = field(default_factory=dict)
 
 
-def save(moc: MocCheckpoint, request: SaveRequest) -> Manifest:
+def save(moc: MocCheckpoint, request: SaveRequest) -> int:
     """Saves a checkpoint; collective, returns on all ranks after the commit.
+
+    Returns:
+        Bytes of the checkpoint's packs in storage.
 
     Raises:
         MocError: on every rank if anything failed on any rank; the previous checkpoint is then untouched.
