@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moc_ckpt.errors import ConfigError
 
@@ -58,10 +58,50 @@ class TimeoutsConfig(_Section):
     commit_s: float = Field(600.0, gt=0, description="s; all ranks have written (or read) their part within it")
 
 
+def _check_k(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError('must be a number of experts, at least 1, or "auto"')
+
+
+_K = Annotated[int | Literal["auto"], BeforeValidator(_check_k)]
+
+
 class MocConfig(_Section):
     """All keys of the `moc_checkpoint` section."""
 
     enabled: bool = Field(False, description="turns the plugin on; off, DeepSpeed behaves as without the package")
+    selection: Literal["sequential", "load_aware", "full"] = Field(
+        "sequential",
+        description="which experts a save takes; sequential: every expert once per cycle of ceil(N / K) saves, in an "
+        "order that balances the ranks; load_aware: those with the most unsaved tokens, everyone within two cycles; "
+        "full: all",
+    )
+    k_snapshot: _K = Field(
+        "auto",
+        description="experts per MoE layer in a snapshot; auto: all. Saves that block take k_persist experts, so until "
+        "snapshots are asynchronous it matters to `moc-ckpt plan` only",
+    )
+    k_persist: _K = Field(
+        "auto",
+        description="experts per MoE layer that a checkpoint stores anew, at most k_snapshot; above a layer's N it "
+        "means N there; auto: as many as a snapshot takes",
+    )
+    balance: Literal["fill", "none"] = Field(
+        "fill",
+        description="snapshots only (see k_snapshot); fill: add experts, the stalest first, where every owner has room "
+        "below the most loaded rank",
+    )
+    sharding: Literal["adaptive", "equal"] = Field(
+        "adaptive",
+        description="who writes state that several ranks hold alike; equal: each the same share; adaptive: the least "
+        "loaded, given what ZeRO and the selection put there",
+    )
+    max_plt: float = Field(0.0375, gt=0, lt=1, description="proportion of lost tokens that Dynamic-K stays under")
+    dynamic_k: bool = Field(True, description="double K after a recovery while the next fault would pass max_plt")
+    plt_total_tokens: float | None = Field(
+        None, gt=0, description="tokens of the whole training, which PLT is a proportion of; null: the tokens so far"
+    )
     save_weights: Literal["derive", "sharded"] = Field(
         "derive",
         description="derive: 16-bit weights are cast from the masters on load (12 B per parameter); "
@@ -93,9 +133,17 @@ def parse_config(section: Mapping[str, Any] | None) -> MocConfig:
             fix=f'write "{CONFIG_KEY}": {{"enabled": true}}',
         )
     try:
-        return MocConfig.model_validate(dict(section))
+        config = MocConfig.model_validate(dict(section))
     except ValidationError as error:
         raise _explain(error) from None
+    snapshot, persist = config.k_snapshot, config.k_persist
+    if isinstance(snapshot, int) and isinstance(persist, int) and persist > snapshot:
+        raise ConfigError(
+            f"k_persist is {persist}, above k_snapshot {snapshot}: what is persisted is snapshotted first",
+            where=f"ds_config, {CONFIG_KEY}.k_persist",
+            fix=f"set k_persist to at most {snapshot}, or raise k_snapshot",
+        )
+    return config
 
 
 def find_config(settings: Mapping[str, Any]) -> MocConfig:
@@ -133,7 +181,8 @@ def _explain(error: ValidationError) -> ConfigError:
             problems.append(f"unknown key {dotted}")
             fixes.append(f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}")
         else:
-            problems.append(f"{dotted}: {item['msg']}, got {item['input']!r}")
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{dotted}: {message}, got {item['input']!r}")
             fixes.append(f"correct {dotted}")
     return ConfigError("; ".join(problems), where=f"ds_config, {', '.join(places)}", fix="; ".join(fixes))
 

@@ -51,6 +51,7 @@ def write_rank(
     declared: Mapping[TensorKey, tuple[str, tuple[int, ...]]],
     *,
     threads: int,
+    tokens: Mapping[str, int] | None = None,
 ) -> Part:
     """Writes what one rank contributes. Not collective; durable on return.
 
@@ -62,6 +63,7 @@ def write_rank(
         extras: small objects by file name, already encoded.
         declared: logical tensors that the rank vouches for.
         threads: threads that checksum and write.
+        tokens: what each expert unit has learnt, in tokens (the ledger's count); units left out carry none.
 
     Returns:
         The part, as published.
@@ -97,7 +99,7 @@ def write_rank(
         step=save.version.step,
         rank=save.rank,
         world=save.world,
-        units=[UnitRecord(name, save.version.attempt, save.version.step) for name in units],
+        units=[UnitRecord(name, *save.version, (tokens or {}).get(name)) for name in units],
         tensors=tensor_records,
         declared=[TensorRecord(key.fqn, key.kind, dtype, shape) for key, (dtype, shape) in declared.items()],
         packs=packs,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from moc_ckpt.errors import CoverageError
-from moc_ckpt.state.fragment import TensorKey
+from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
 from moc_ckpt.state.unit import EXPERTS_MARK
 
 __all__ = ["check_coverage", "check_experts", "coverage_problems", "expert_problems"]
@@ -104,8 +104,12 @@ def expert_problems(layers: Sequence[_Layer], declared: Mapping[TensorKey, tuple
         if not experts:
             continue
         everything = {name: spec for tensors in experts.values() for name, spec in tensors.items()}
+        trained = {name for name, kind in everything if kind == MASTER}
         for expert, tensors in sorted(experts.items()):
             for (name, kind), spec in everything.items():
+                # A weight beside its master is stored only where it cannot be derived, expert by expert.
+                if kind == WEIGHT and name in trained and (name, kind) not in tensors:
+                    continue
                 if tensors.get((name, kind)) != spec:
                     what = "lacks" if (name, kind) not in tensors else "has another shape or dtype of"
                     problems.append(f"MoE layer {layer.ordinal} ({prefix}): expert {expert} {what} {name} ({kind})")

@@ -13,6 +13,7 @@ from moc_ckpt.state.fragment import Fragment, TensorKey, itemsize
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.pack import PackReader
 from moc_ckpt.storage.store import Store
+from moc_ckpt.storage.verify import compact_units, explain_pack
 
 __all__ = ["index_manifest", "stage"]
 
@@ -56,7 +57,8 @@ def stage(
         One 1-D CPU tensor per needed fragment, of the stored dtype.
 
     Raises:
-        CorruptionError: naming the file, the unit, and the expected and found checksum.
+        CorruptionError: naming the file, the units, and the expected and found checksum; and for a pack that an
+            older checkpoint left, that checkpoint.
     """
     sizes = [need.numel * itemsize(dtype) for need, dtype in zip(needs, plan.dtypes, strict=True)]
     starts, total = [], 0
@@ -95,10 +97,10 @@ def _read_pack(
         # Checks every chunk that it reads, which covers every byte once; `moc-ckpt verify` checks fragments as well.
         reader.read_batch(requests)
     except CorruptionError as error:
-        affected = sorted({units[piece.need] for piece in read.pieces})
-        shown = ", ".join(affected[:6]) + (f" and {len(affected) - 6} more" if len(affected) > 6 else "")
+        trouble = explain_pack(store, manifest, record.path, error)
+        affected = compact_units(units[piece.need] for piece in read.pieces)
         raise CorruptionError(
-            f"{error.what}; this rank reads units {shown} from it",
-            where=error.where or record.path,
-            fix=error.fix or "load an older tag, or restore the file from a copy",
+            f"{trouble.what}; this rank reads units {affected} from it",
+            where=trouble.file,
+            fix=trouble.fix or "load an older tag, or restore the file from a copy",
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 
 from moc_ckpt.errors import StaleAttemptError, StorageError
 from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
+from moc_ckpt.storage.base import find_base
 from moc_ckpt.storage.checkpoint import (
     ATTEMPTS,
     LATEST,
@@ -45,6 +46,7 @@ def commit(
     save_latest: bool = True,
     ledger: dict[str, Any] | None = None,
     base: Sequence[Manifest] | None = None,
+    selected: Collection[str] | None = None,
     timeout_s: float = 60.0,
 ) -> Manifest:
     """Publishes a save whose parts are all there.
@@ -65,6 +67,7 @@ def commit(
         ledger: the lost-token ledger as plain data.
         base: older checkpoints to take those experts from that no part holds; None: as many of this directory as
             needed, the newest commit first.
+        selected: expert units that this save took; none of them comes from an older checkpoint. None leaves it open.
         timeout_s: seconds to wait for the lock.
 
     Returns:
@@ -90,7 +93,7 @@ def commit(
         _check_timeline(store, parts, attempt, line)
         step = parts[0].step if parts else 0
         if base is None:
-            base = _find_base(store, missing_experts(parts, moe_layers), step, line)
+            base = find_base(store, missing_experts(parts, moe_layers), step, line)
         manifest = merge_parts(
             parts,
             topology=topology,
@@ -100,6 +103,7 @@ def commit(
             base=base,
             is_admissible=lambda version: admissible(version, line),
             ledger=ledger,
+            selected=selected,
         )
         manifest = msgspec.structs.replace(manifest, kept=not save_latest)
         _check_files(store, manifest)
@@ -160,32 +164,6 @@ def _check_timeline(store: Store, parts: Sequence[Part], attempt: int, line: lis
                 where=store.locate(f"{part.tag}/{part.save_id}"),
                 fix="a restart from an older step gave this save up; save again",
             )
-
-
-def _find_base(store: Store, missing: set[str], step: int, line: list[tuple[int, int | None]]) -> list[Manifest]:
-    """Returns older checkpoints, newest commit first, until every missing expert was seen in one.
-
-    Versions of an expert only grow along a timeline, so the newest commit that has an admissible one has the best.
-    """
-    base: list[Manifest] = []
-    left = set(missing)
-    if not left:
-        return base
-    for summary in list_checkpoints(store):
-        if summary.error:
-            continue
-        manifest = load_manifest(store, summary.tag)
-        found = {
-            unit.name
-            for unit in manifest.units
-            if unit.name in left and unit.step <= step and admissible(unit.version, line)
-        }
-        if found:
-            base.append(manifest)
-            left -= found
-        if not left:
-            break
-    return base
 
 
 def _check_files(store: Store, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ __all__ = ["LocalStore", "fsync_dir", "make_dirs", "raise_storage_error", "tempo
 _TMP_MARK = ".tmp-"
 _IOV_MAX = 1024
 _READAHEAD_MIN = 1 << 20
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _FIXES = {
     errno.ENOSPC: "free space there, or point save_dir at a larger disk",
     errno.EDQUOT: "the quota is used up: free space, or ask for a larger quota",
@@ -195,6 +196,26 @@ class LocalStore(Store):
         except OSError as exc:
             raise_storage_error(exc, "creating", path, len(data))
         return True
+
+    def append(self, key: str, data: bytes) -> None:
+        """See `Store.append`."""
+        path = self.path(key)
+        try:
+            try:
+                fd = os.open(path, _APPEND, 0o666)
+            except FileNotFoundError:
+                make_dirs(path.parent)
+                fd = os.open(path, _APPEND, 0o666)
+            try:
+                # One call, so that appends of several processes do not mix; a short write is a disk that is full,
+                # which the next call reports.
+                done = os.write(fd, data)
+                while done < len(data):
+                    done += os.write(fd, data[done:])
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise_storage_error(exc, "appending", path, len(data))
 
     def _write_temporary(self, path: Path, data: bytes) -> Path:
         make_dirs(path.parent)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from moc_ckpt.errors import CoverageError, MocError, StorageError
 from moc_ckpt.plan.coverage import check_coverage, check_experts
-from moc_ckpt.state.unit import Version, expert_unit, parse_expert_unit
+from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer, UnitMap, Version, expert_unit, parse_expert_unit
 from moc_ckpt.storage.manifest import (
     ExtraRecord,
     FragmentTable,
@@ -85,6 +85,7 @@ def merge_parts(
     base: Sequence[Manifest] = (),
     is_admissible: Callable[[Version], bool] = lambda version: True,
     ledger: dict[str, Any] | None = None,
+    selected: Collection[str] | None = None,
 ) -> Manifest:
     """Makes the manifest of one save, and checks that it is complete (invariants I1, I3).
 
@@ -98,6 +99,7 @@ def merge_parts(
             its newest admissible version not after this step.
         is_admissible: tells whether a version belongs to the current timeline.
         ledger: the lost-token ledger as plain data.
+        selected: expert units that this save took, which the parts must therefore hold; None leaves it open.
 
     Returns:
         The manifest.
@@ -113,8 +115,16 @@ def merge_parts(
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     extra: dict[str, ExtraRecord] = {}
     declared = {}
+    absent = missing_experts(parts, moe_layers)
+    _check_selected(absent, selected, first)
+    older = _choose_base(absent, base, first.step, is_admissible)
+    reused = set().union(*(names for _, names in older))
+    unit_of = UnitMap([MoELayer(layer.ordinal, layer.prefix, layer.num_experts) for layer in moe_layers]).unit_of
     for part in sorted(parts, key=lambda part: part.rank):
         for tensor in part.declared:
+            # An expert of an older version consists of what it consisted of then (weights that were not derivable).
+            if reused and EXPERTS_MARK in tensor.fqn and unit_of(tensor.fqn) in reused:
+                continue
             tensors.add(tensor)
             declared[tensor.key] = (tensor.dtype, tensor.shape)
         _add(part, None, tensors, units, packs, rows)
@@ -126,7 +136,11 @@ def merge_parts(
                     fix="put the rank into the name",
                 )
     _check_versions(units.records, first)
-    for source, names in _choose_base(missing_experts(parts, moe_layers), base, first.step, is_admissible):
+    for source, names in older:
+        for tensor in source.tensors:
+            if EXPERTS_MARK in tensor.fqn and unit_of(tensor.fqn) in names:
+                tensors.add(tensor)
+                declared[tensor.key] = (tensor.dtype, tensor.shape)
         _add(source, names, tensors, units, packs, rows)
     keys = [tensor.key for tensor in tensors.records]
     check_experts(moe_layers, declared)
@@ -177,6 +191,17 @@ def _check_parts(parts: Sequence[Part]) -> Part:
             f"parts of unexpected ranks: {ranks} in a world of {first.world}", where=where, fix="save again"
         )
     return first
+
+
+def _check_selected(absent: set[str], selected: Collection[str] | None, save: Part) -> None:
+    """Refuses to take an older version of an expert that this save was to write."""
+    forgotten = sorted(absent & set(selected or ()))
+    if forgotten:
+        raise CoverageError(
+            f"no rank wrote {', '.join(forgotten[:8])}, which the save selected",
+            where=f"{save.tag}/{save.save_id}",
+            fix="no checkpoint was committed; save again, and report this if it comes back",
+        )
 
 
 def _check_versions(units: Sequence[UnitRecord], save: Part) -> None:

@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 from moc_ckpt.errors import StorageError
 from moc_ckpt.storage.store import Store, check_key
 
-__all__ = ["LOCK_LEASE_S", "KvStore"]
+__all__ = ["APPEND_TRIES", "LOCK_LEASE_S", "KvStore"]
 
 LOCK_LEASE_S = 300.0
 """Seconds after which a lock whose holder died may be taken over (longer than any commit or collection step)."""
+APPEND_TRIES = 20
+"""How often an append is tried while other writers come in between."""
 
 _CONTEXT_SPEC = {
     # The defaults retry for ten minutes; a preflight check should know sooner.
@@ -158,13 +160,39 @@ class KvStore(Store):
         """See `Store.create`."""
         return self._swap(key, data, self._missing)
 
+    def append(self, key: str, data: bytes) -> None:
+        """See `Store.append`.
+
+        Reads the object and writes it again if nobody changed it meanwhile; a writer that always comes too late gives
+        up after `APPEND_TRIES`.
+        """
+        check_key(key)
+        self._forget()
+        for _ in range(APPEND_TRIES):
+            try:
+                result = self._kv.read(key).result()
+            except Exception as exc:
+                self._fail(exc, "reading", key)
+            there = result.state == "value"
+            if self._swap(key, (bytes(result.value) if there else b"") + data, self._stamp(result)):
+                return
+        raise StorageError(
+            f"appending failed: other writers changed the object {APPEND_TRIES} times meanwhile",
+            where=self.locate(key),
+            fix="let one process write each log",
+        )
+
+    def _stamp(self, result: Any) -> bytes:
+        """Returns the generation that a conditional write must find, from what a read returned."""
+        return bytes(result.stamp.generation) if result.state == "value" else self._missing
+
     def _swap(self, key: str, data: bytes | None, generation: bytes) -> bool:
         """Writes (or with None deletes) the object if it is still the one with this generation."""
         check_key(key)
         try:
             return bool(self._kv.write(key, data, if_equal=generation).result().generation)
         except Exception as exc:
-            self._fail(exc, "creating", key)
+            self._fail(exc, "writing", key)
 
     def list_dirs(self, prefix: str = "") -> list[str]:
         """See `Store.list_dirs`."""

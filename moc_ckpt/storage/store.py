@@ -36,8 +36,8 @@ def check_key(key: str) -> str:
 class Store(ABC):
     """A checkpoint root: a directory or a prefix of an object store.
 
-    Keys are relative POSIX paths. Every write is atomic (a reader sees the old object or the new one) and durable
-    when the call returns. All methods may be called from several threads and processes at once.
+    Keys are relative POSIX paths. Every write but `append` is atomic (a reader sees the old object or the new one) and
+    durable when the call returns. All methods may be called from several threads and processes at once.
 
     Attributes:
         url: where the root is, for messages.
@@ -84,6 +84,23 @@ class Store(ABC):
 
         Raises:
             StorageError: if it cannot be written.
+        """
+
+    @abstractmethod
+    def append(self, key: str, data: bytes) -> None:
+        """Adds bytes to the end of an object, which begins empty. Meant for logs.
+
+        Unlike the other writes this is not durable against a failure of the machine: when it returns the bytes
+        outlive this process, but a machine that goes down may lose or cut off what was appended last. On a file
+        system the appends of several processes of one machine do not mix. An object store cannot append: the object
+        is read and written again, so it should be small and have one writer.
+
+        Args:
+            key: the object.
+            data: what to add.
+
+        Raises:
+            StorageError: if it cannot be added; a part of it may be there then.
         """
 
     @abstractmethod

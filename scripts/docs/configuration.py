@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def section(model: type[BaseModel], name: str, title: str) -> str:
             rows.append(f"| {key} | section | | see below |")
             continue
         default = "required" if field.default is PydanticUndefined else show(field.default)
-        limits = ", ".join(limit(item) for item in field.metadata)
+        limits = ", ".join(filter(None, map(limit, field.metadata)))
         meaning = (field.description or "").replace("|", "\\|")
         rows.append(f"| {key} | {kind(field.annotation)}{', ' + limits if limits else ''} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
@@ -74,6 +75,10 @@ def kind(annotation: object) -> str:
     """A type as a person reads it."""
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return kind(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else kind(part) for part in typing.get_args(annotation))
     return getattr(annotation, "__name__", str(annotation))
 
 
@@ -83,11 +88,11 @@ def show(value: object) -> str:
 
 
 def limit(item: object) -> str:
-    """A bound of a number."""
+    """A bound of a number; empty for what is no bound."""
     for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
         if getattr(item, name, None) is not None:
             return f"{sign} {getattr(item, name)}"
-    return str(item)
+    return ""
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ class Progress:
         ]
 
 
-def save_checkpoint(engine: Any, args: argparse.Namespace, progress: Progress, runtime: Runtime) -> None:
+def save_checkpoint(
+    engine: Any, args: argparse.Namespace, progress: Progress, runtime: Runtime, *, last: bool = False
+) -> None:
     """Save, once per iteration at most.
 
     Args:
@@ -86,11 +88,16 @@ def save_checkpoint(engine: Any, args: argparse.Namespace, progress: Progress, r
         args: settled arguments; without --save nothing happens.
         progress: the counters.
         runtime: for the message.
+        last: the run ends here: with the plugin every expert is saved, so that a continuation loses nothing.
     """
     if not args.save or progress.saved_at == progress.iteration:
         return
     started = time.perf_counter()
-    engine.save_checkpoint(args.save, client_state=progress.client_state())
+    moc = getattr(engine, "moc", None)
+    if last and moc is not None:
+        moc.save(args.save, client_state=progress.client_state(), full=True)
+    else:
+        engine.save_checkpoint(args.save, client_state=progress.client_state())
     progress.saved_at = progress.iteration
     took = time.perf_counter() - started
     runtime.print(f" saved iteration {progress.iteration} to {args.save} (training waited {took * 1e3:.0f} ms)")

@@ -68,13 +68,15 @@ class Trainer:
             started = time.perf_counter()
             if args.eval_iters and progress.iteration % args.eval_interval == 0:
                 reporter.validation(progress.iteration, self.evaluate())
-            if args.save_interval and progress.iteration % args.save_interval == 0:
+            leaving = bool(args.exit_interval) and progress.iteration % args.exit_interval == 0
+            last = leaving or progress.iteration >= args.train_iters
+            if args.save_interval and progress.iteration % args.save_interval == 0 and not last:
                 save_checkpoint(self._engine, args, progress, self._runtime)
             reporter.exclude(time.perf_counter() - started)
-            if args.exit_interval and progress.iteration % args.exit_interval == 0:
+            if leaving:
                 self._runtime.print(f" leaving at iteration {progress.iteration} (--exit-interval)")
                 break
-        save_checkpoint(self._engine, args, progress, self._runtime)
+        save_checkpoint(self._engine, args, progress, self._runtime, last=True)
 
     def _iteration(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one global batch; return this rank's mean losses."""

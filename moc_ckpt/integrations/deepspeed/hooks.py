@@ -1,4 +1,4 @@
-"""Hooks into DeepSpeedEngine: three methods are wrapped, nothing else changes.
+"""Hooks into DeepSpeedEngine: four methods are wrapped, nothing else changes.
 
 An engine whose ds_config lacks the key, or says `enabled: false`, runs DeepSpeed's own code.
 """
@@ -29,6 +29,7 @@ def install(module: ModuleType) -> None:
     _wrap_init(engine_class)
     _wrap_method(engine_class, "save_checkpoint", "save")
     _wrap_method(engine_class, "load_checkpoint", "load")
+    _wrap_step(engine_class)
 
 
 def _wrap_init(engine_class: type) -> None:
@@ -57,6 +58,23 @@ def _wrap_method(engine_class: type, name: str, ours: str) -> None:
         return original(self, *args, **kwargs) if moc is None else getattr(moc, ours)(*args, **kwargs)
 
     setattr(engine_class, name, method)
+
+
+def _wrap_step(engine_class: type) -> None:
+    original = engine_class.step  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        moc = getattr(self, "moc", None)
+        if moc is None:
+            return original(self, *args, **kwargs)
+        steps, skipped = self.global_steps, self.skipped_steps
+        result = original(self, *args, **kwargs)
+        if self.global_steps != steps:
+            moc.step_done(skipped=self.skipped_steps != skipped)
+        return result
+
+    engine_class.step = step  # type: ignore[attr-defined]
 
 
 def _settings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from moc_ckpt.state.catalog import Catalog, dtype_name
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, apply_scalars, index_scalars
-from moc_ckpt.state.unit import MoELayer, UnitMap
+from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer, UnitMap
 from moc_ckpt.storage.checkpoint import manifest_key, read_extra
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
@@ -134,7 +134,13 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         trust=moc.config.recovery.trust_client_state,
         where=store.locate(manifest.extra[CLIENT_STATE].path),
     )
-    needs = _needs(catalog, tensors, skipped, set(state["underived"]), with_optimizer=with_optimizer)
+    # Of an expert of an older version nobody knows any more whether its stored weights could be derived.
+    older = {unit.name for unit in manifest.units if unit.step != manifest.step}
+    units = UnitMap(catalog.layers)
+    underived = set(state["underived"]) | {
+        shard.fqn for shard in catalog.shards if EXPERTS_MARK in shard.fqn and units.unit_of(shard.fqn) in older
+    }
+    needs = _needs(catalog, tensors, skipped, underived, with_optimizer=with_optimizer)
     module: dict[str, torch.Tensor] = {}
     if surgery:
         # The function loads the weights: of them only the masters that lie apart are restored here.

@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
-from moc_ckpt.errors import CheckpointNotFoundError, MocError, StorageError
+from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, MocError, StorageError
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, load
+from moc_ckpt.integrations.deepspeed.pec import OwnedBytes, PartialExperts, owned_bytes
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
+from moc_ckpt.integrations.deepspeed.report import Reporter, shorten
 from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, save
 from moc_ckpt.integrations.deepspeed.view import EngineView
+from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
+from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
 from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
-from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints, load_manifest, new_save_id
+from moc_ckpt.storage.base import UnitTensors, open_base, unit_tensors
+from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints, load_manifest, new_save_id, save_prefix
 from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology, decode_manifest, encode_manifest
 from moc_ckpt.storage.retention import apply_retention
 from moc_ckpt.storage.store import Store, open_store
 
-__all__ = ["MocCheckpoint"]
+__all__ = ["MocCheckpoint", "OpenedSave"]
 
 logger = logging.getLogger("moc_ckpt")
+
+
+class OpenedSave(NamedTuple):
+    """A directory that is ready for a save.
+
+    Attributes:
+        store: the directory.
+        attempt: this run's attempt in it.
+        save_id: a new one that all ranks share.
+        forced: (layer, expert) of those that it has no usable version of.
+    """
+
+    store: Store
+    attempt: int
+    save_id: str
+    forced: frozenset[tuple[int, int]]
 
 
 class MocCheckpoint:
@@ -64,7 +86,35 @@ class MocCheckpoint:
         self._underived_step = -1
         self._attempts: dict[str, Attempt] = {}
         self._restored: dict[str, tuple[int, int]] = {}
+        self.pec: PartialExperts = self.comm.agree("hooking the gates", self._build_pec, wait="rendezvous")
+        self.report = Reporter(engine, self.pec, self.comm.rank)
+        # On rank 0: what every expert consists of, the last commit into each directory, and what the next builds on.
+        self._required: dict[str, UnitTensors] = {}
+        self._committed: dict[str, Manifest] = {}
+        self._base: tuple[Manifest, ...] = ()
         self._check_coverage()
+
+    @property
+    def plt(self) -> float:
+        """Cumulative proportion of lost tokens (MoC-System, equation 7), 0 to 1, as of the last save or restore."""
+        return self.pec.ledger.plt
+
+    @property
+    def ledger(self) -> Ledger:
+        """Tokens that each expert has processed and lost, as of the last save or restore; equal on all ranks."""
+        return self.pec.ledger
+
+    def step_done(self, *, skipped: bool) -> None:
+        """Is called after every optimizer step; not collective, waits for nothing.
+
+        Args:
+            skipped: the step overflowed and changed nothing.
+        """
+        self.pec.step_done(skipped)
+
+    def close(self) -> None:
+        """Takes the plugin's hooks off the engine. Not collective."""
+        self.pec.close()
 
     def catalog(self) -> Catalog:
         """Returns the catalog of this rank, with views on the live tensors of this moment. Not collective."""
@@ -77,10 +127,13 @@ class MocCheckpoint:
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        *,
+        full: bool = False,
     ) -> bool:
         """Saves a checkpoint; collective; arguments and return value as `DeepSpeedEngine.save_checkpoint`.
 
-        Returns on all ranks once the checkpoint is committed.
+        Returns on all ranks once the checkpoint is committed. `full` saves every expert, whatever the configuration
+        selects: right for the last checkpoint of a run, from which then nothing is lost.
 
         Raises:
             ValueError: if save_dir is empty.
@@ -93,17 +146,10 @@ class MocCheckpoint:
             client_state=client_state or {},
             save_latest=save_latest,
             exclude_frozen=exclude_frozen_parameters,
+            full=full,
         )
-        stored_bytes = save(self, request)
-        if self.comm.rank == 0:
-            logger.info(
-                "COMMITTED %s: step %d, %s in %.2f s, at %s",
-                request.tag,
-                self.engine.global_steps,
-                _bytes(stored_bytes),
-                time.perf_counter() - begin,
-                request.save_dir,
-            )
+        result = save(self, request)
+        self.report.committed(result, time.perf_counter() - begin)
         return True
 
     def load(
@@ -147,17 +193,11 @@ class MocCheckpoint:
         # Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
         self._attempts.clear()
         self._restored = {} if load_module_only else {store.url: (manifest.attempt, manifest.step)}
+        self._committed.clear()
         self.underived = frozenset()
         self._underived_step = -1
-        if self.comm.rank == 0:
-            logger.info(
-                "RECOVERED %s: step %d, saved by %d ranks, loaded by %d in %.2f s",
-                manifest.tag,
-                manifest.step,
-                manifest.topology.world,
-                self.comm.world,
-                time.perf_counter() - begin,
-            )
+        self.pec.restored(manifest, None if load_module_only else store.url)
+        self.report.recovered(store, manifest, self.comm.world, time.perf_counter() - begin)
         return store.locate(manifest.tag), client_state
 
     def stored_weights(self) -> frozenset[str]:
@@ -169,20 +209,25 @@ class MocCheckpoint:
             self._underived_step = self.engine.global_steps
         return self._stored(self.underived)
 
-    def open_for_save(self, save_dir: str) -> tuple[Store, int, str]:
+    def open_for_save(self, save_dir: str, *, full: bool) -> OpenedSave:
         """Prepares a directory for a save; collective.
 
-        Returns:
-            The store, this run's attempt in it, and a new save_id that all ranks share.
+        Args:
+            save_dir: path or URL.
+            full: the save takes every expert.
         """
 
-        def first() -> tuple[Attempt, str]:
+        def first() -> tuple[Attempt, str, frozenset[tuple[int, int]]]:
             store = open_store(save_dir, create=True)
             store.check_writable()
-            attempt = self._attempts.get(store.url)
-            return self._open_attempt(store) if attempt is None else attempt, new_save_id()
+            attempt = self._attempts.get(store.url) or self._open_attempt(store)
+            # Known before the others look: a retry after their failure must not open yet another one.
+            self._attempts[store.url] = attempt
+            forced = frozenset() if full or not self.pec.partial else self._find_base(store, attempt.attempt)
+            return attempt, new_save_id(), forced
 
-        attempt, save_id = self.comm.from_first("opening the save directory", first, wait="commit")
+        self._base = ()
+        attempt, save_id, forced = self.comm.from_first("opening the save directory", first, wait="commit")
 
         def see() -> Store:
             store = open_store(save_dir)
@@ -196,7 +241,23 @@ class MocCheckpoint:
 
         store = self.comm.agree("looking into the save directory", see, wait="rendezvous")
         self._attempts[store.url] = attempt
-        return store, attempt.attempt, save_id
+        return OpenedSave(store, attempt.attempt, save_id, forced)
+
+    def _find_base(self, store: Store, attempt: int) -> frozenset[tuple[int, int]]:
+        """Finds the older checkpoints that a partial save refers to; rank 0 only. Returns the experts it must take."""
+        known = self._committed.get(store.url)
+        base = open_base(
+            store,
+            attempt=attempt,
+            step=self.engine.global_steps,
+            layers=self.view.names.layers,
+            required=self._required,
+            known=[known] if known is not None else [],
+        )
+        self._base = base.manifests
+        for reason, names in base.forgone.items():
+            logger.warning("%d experts are saved anew because %s: %s", len(names), reason, shorten(names))
+        return base.forced
 
     def _open_attempt(self, store: Store) -> Attempt:
         """Opens this run's attempt in a directory; rank 0 only."""
@@ -221,11 +282,13 @@ class MocCheckpoint:
         moe_layers: list[MoELayerRecord],
         parameters: int,
         save_latest: bool,
+        ledger: dict[str, Any] | None,
+        selected: set[str],
     ) -> int:
         """Publishes the manifest from rank 0, then drops what retention no longer keeps; collective.
 
         Returns:
-            Bytes of the checkpoint's packs in storage.
+            Bytes in storage of the packs that this save wrote.
         """
 
         def first() -> int:
@@ -239,10 +302,15 @@ class MocCheckpoint:
                 moe_layers=moe_layers,
                 parameters=parameters,
                 save_latest=save_latest,
-                base=(),
+                ledger=ledger,
+                base=self._base,
+                selected=selected,
             )
+            self._base = ()
+            self._committed[store.url] = manifest
             self._retain(store, manifest)
-            return sum(pack.stored_bytes for pack in manifest.packs)
+            own = save_prefix(ident.tag, ident.save_id)
+            return sum(pack.stored_bytes for pack in manifest.packs if pack.path.startswith(own + "/"))
 
         # Not the manifest: it is large in a large world, and nobody else needs it.
         return self.comm.from_first("committing the checkpoint", first, wait="commit")
@@ -259,28 +327,49 @@ class MocCheckpoint:
         check_engine(self.engine)
         return EngineView(self.engine)
 
+    def _build_pec(self) -> PartialExperts:
+        return PartialExperts(self.engine, self.config, self.view.names.layers)
+
     def _stored(self, underived: frozenset[str]) -> frozenset[str]:
         return frozenset(self.view.trainable()) if self.config.save_weights == "sharded" else underived
 
     def _check_coverage(self) -> None:
         stored = self.stored_weights()
 
-        def mine() -> tuple[dict[Any, Any], list[tuple[Any, int, int]]]:
+        def mine() -> tuple[dict[Any, Any], list[tuple[Any, int, int]], OwnedBytes, str]:
             catalog = self.view.catalog(self.comm.rank, stored)
             spans = [
                 (entry.fragment.key, entry.fragment.start, entry.fragment.stop)
                 for entry in catalog.entries
                 if entry.holders[0] == self.comm.rank
             ]
-            return dict(catalog.declared), spans
+            return dict(catalog.declared), spans, owned_bytes(catalog), self.config.model_dump_json()
 
         replies = self.comm.exchange("reading the catalogs", mine)
         declared = {key: value for reply in replies for key, value in reply[0].items()}
         check_experts(self.view.names.layers, declared)
         check_coverage(declared, (span for reply in replies for span in reply[1]))
+        self._check_config([reply[3] for reply in replies])
+        self.pec.set_ownership([reply[2] for reply in replies])
         if self.comm.rank == 0:
+            derived = {TensorKey(key.fqn, WEIGHT) for key in declared if key.kind == MASTER}
+            optional = derived if self.config.save_weights == "derive" else set()
+            needed = {key: value for key, value in declared.items() if key not in optional}
+            self._required = dict(unit_tensors(needed, self.view.names.layers))
             parameters = {key.fqn for key in declared}
             logger.info("catalog: %d tensors over %d ranks, covered exactly once", len(parameters), self.comm.world)
+
+    def _check_config(self, texts: list[str]) -> None:
+        """Refuses configurations that differ between ranks: they would select and write different things."""
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                ours, theirs = json.loads(texts[0]), json.loads(text)
+                names = ", ".join(sorted(name for name in ours if ours[name] != theirs[name]))
+                raise ConfigError(
+                    f"ranks 0 and {rank} have different values of {names}",
+                    where="ds_config, moc_checkpoint",
+                    fix="give all ranks the same ds_config",
+                )
 
     def _find(self, load_dir: str, tag: str | None) -> bytes | None:
         """Returns the encoded manifest to load; None if nothing is saved and that is allowed."""
@@ -309,12 +398,3 @@ class MocCheckpoint:
         except MocError as error:
             # The checkpoint is committed; files that could not be removed are tried again after the next one.
             logger.warning("retention failed: %s", error)
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.1f} {unit}"

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moc_ckpt.errors import ConfigError, CoverageError
+from moc_ckpt.errors import ConfigError, CoverageError, MocError
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, digest_rng
 from moc_ckpt.integrations.deepspeed.view import replicated_items
 from moc_ckpt.persist.writer import SaveId, write_rank
 from moc_ckpt.plan.save_plan import plan_save
-from moc_ckpt.plan.sharding import Replicated, assign_writers
+from moc_ckpt.plan.sharding import Replicated, Share, plan_shares
 from moc_ckpt.snapshot.live import LiveSource, byte_view
 from moc_ckpt.state.catalog import Catalog, Entry
-from moc_ckpt.state.fragment import TensorKey
+from moc_ckpt.state.fragment import Fragment, TensorKey
 from moc_ckpt.state.plain import encode_plain
 from moc_ckpt.state.scalars import ScalarRecord, collect_scalars
-from moc_ckpt.state.unit import Version
+from moc_ckpt.state.unit import UnitMap, Version, expert_unit, parse_expert_unit
 from moc_ckpt.storage.checkpoint import check_tag
 from moc_ckpt.storage.checksum import crc32c
 from moc_ckpt.storage.manifest import MoELayerRecord, Topology
+from moc_ckpt.storage.store import Store
 
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["CLIENT_STATE", "STATE", "SaveRequest", "directory_text", "rank_file", "save"]
+__all__ = ["CLIENT_STATE", "STATE", "SaveRequest", "SaveResult", "directory_text", "rank_file", "save"]
 
 STATE = "state.msgpack"
 CLIENT_STATE = "client_state.pt"
@@ -43,13 +44,17 @@ def rank_file(rank: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """The arguments of `engine.save_checkpoint`, which have DeepSpeed's meaning."""
+    """The arguments of `engine.save_checkpoint`, which have DeepSpeed's meaning.
+
+    `full` is ours: take every expert, whatever the configuration selects.
+    """
 
     save_dir: str
     tag: str
     client_state: Mapping[str, Any]
     save_latest: bool
     exclude_frozen: bool
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,6 @@ class _Local:
     tag: str
     save_dir: str
     step: int
-    load: int
     replicated: list[Replicated]
     scalars: list[ScalarRecord]
     rng: dict[str, str]
@@ -77,11 +81,27 @@ class _Prepared:
     engine_state: dict[str, Any] = field(default_factory=dict)
 
 
-def save(moc: MocCheckpoint, request: SaveRequest) -> int:
-    """Saves a checkpoint; collective, returns on all ranks after the commit.
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """What a save stored.
 
-    Returns:
-        Bytes of the checkpoint's packs in storage.
+    Attributes:
+        store: the directory.
+        tag: the checkpoint's name.
+        attempt: the attempt that saved it.
+        nbytes: bytes of the packs that it wrote.
+        experts: experts that it took, over all layers.
+    """
+
+    store: Store
+    tag: str
+    attempt: int
+    nbytes: int
+    experts: int
+
+
+def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
+    """Saves a checkpoint; collective, returns on all ranks after the commit.
 
     Raises:
         MocError: on every rank if anything failed on any rank; the previous checkpoint is then untouched.
@@ -94,31 +114,59 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> int:
     catalog = prepared.catalog
     assert catalog is not None
 
-    store, attempt, save_id = moc.open_for_save(request.save_dir)
-    writers = assign_writers(
-        (item for reply in local for item in reply.replicated), {rank: reply.load for rank, reply in enumerate(local)}
+    # After an exchange, so all ranks are here.
+    moc.pec.reduce()
+    opened = moc.open_for_save(request.save_dir, full=request.full)
+    store = opened.store
+    selection = moc.pec.select(store.url, opened.forced, full=request.full)
+    ledger = moc.pec.begin_save()
+    units = UnitMap(catalog.layers)
+    selected = {expert_unit(*place) for place in selection.places}
+
+    def is_saved(unit: str) -> bool:
+        return unit in selected or parse_expert_unit(unit) is None
+
+    shares = plan_shares(
+        (item for reply in local for item in reply.replicated if is_saved(units.unit_of(item.key.fqn))),
+        moc.pec.loads(selection),
+        mode=moc.config.sharding,
     )
-    ident = SaveId(request.tag, save_id, Version(attempt, engine.global_steps), comm.rank, comm.world)
+    ident = SaveId(request.tag, opened.save_id, Version(opened.attempt, engine.global_steps), comm.rank, comm.world)
 
     def write() -> None:
-        mine = [entry for entry in _selected(catalog, request) if _writer_of(entry, writers) == comm.rank]
-        plan = plan_save([(entry.fragment, entry.unit) for entry in mine])
-        tensors = [entry.flat() for entry in mine]
-        sources = [LiveSource(pack, [tensors[item.index] for item in pack.fragments]) for pack in plan.packs]
+        kept = [entry for entry in catalog.entries if not (request.exclude_frozen and entry.frozen)]
+        mine = [
+            (entry.unit, *piece)
+            for entry in kept
+            if is_saved(entry.unit)
+            for piece in _pieces(entry, shares, comm.rank)
+        ]
+        plan = plan_save([(fragment, unit) for unit, fragment, _ in mine])
+        sources = [LiveSource(pack, [mine[item.index][2] for item in pack.fragments]) for pack in plan.packs]
         extras = _extras(moc, request, catalog, prepared, local)
         skipped = {entry.fragment.key for entry in catalog.entries if request.exclude_frozen and entry.frozen}
         declared = {key: value for key, value in catalog.declared.items() if key not in skipped}
-        write_rank(store, ident, plan, sources, extras, declared, threads=moc.config.storage.writer_threads)
+        tokens = moc.pec.tokens(selection, ledger)
+        threads = moc.config.storage.writer_threads
+        write_rank(store, ident, plan, sources, extras, declared, threads=threads, tokens=tokens)
 
-    comm.agree("writing the checkpoint", write)
-    return moc.commit(
-        store,
-        ident,
-        topology=_topology(moc),
-        moe_layers=[MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in catalog.layers],
-        parameters=sum(reply.parameters for reply in local),
-        save_latest=request.save_latest,
-    )
+    try:
+        comm.agree("writing the checkpoint", write)
+        nbytes = moc.commit(
+            store,
+            ident,
+            topology=_topology(moc),
+            moe_layers=[MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in catalog.layers],
+            parameters=sum(reply.parameters for reply in local),
+            save_latest=request.save_latest,
+            ledger=moc.pec.manifest_data(selection, ledger) if catalog.layers else None,
+            selected=selected,
+        )
+    except MocError as error:
+        moc.report.failed(store, request.tag, error)
+        raise
+    moc.pec.saved(store.url, selection, ledger)
+    return SaveResult(store, request.tag, opened.attempt, nbytes, len(selected))
 
 
 def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset[str], prepared: _Prepared) -> _Local:
@@ -135,7 +183,6 @@ def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset
         tag=request.tag,
         save_dir=request.save_dir,
         step=moc.engine.global_steps,
-        load=sum(entry.fragment.nbytes for entry in catalog.entries if entry.holders == (moc.comm.rank,)),
         replicated=replicated_items(catalog, skip_frozen=request.exclude_frozen),
         scalars=collect_scalars(catalog, moc.view.state_of),
         rng=digest_rng(prepared.rng),
@@ -156,17 +203,23 @@ def _check_equal(local: list[_Local]) -> None:
             )
 
 
-def _selected(catalog: Catalog, request: SaveRequest) -> list[Entry]:
-    return [entry for entry in catalog.entries if not (request.exclude_frozen and entry.frozen)]
-
-
-def _writer_of(entry: Entry, writers: Mapping[TensorKey, int]) -> int:
+def _pieces(
+    entry: Entry, shares: Mapping[TensorKey, tuple[Share, ...]], rank: int
+) -> list[tuple[Fragment, torch.Tensor]]:
+    """Returns what of an entry this rank writes, with live 1-D views."""
     if len(entry.holders) == 1:
-        return entry.holders[0]
+        return [(entry.fragment, entry.flat())] if entry.holders[0] == rank else []
     try:
-        return writers[entry.fragment.key]
+        found = [share for share in shares[entry.fragment.key] if share.writer == rank]
     except KeyError:
-        raise CoverageError(f"no rank offered to write {entry.fragment.fqn} {entry.fragment.kind}") from None
+        fragment = entry.fragment
+        raise CoverageError(f"no rank offered to write {fragment.fqn} {fragment.kind}") from None
+    flat = entry.flat() if found else None
+    return [
+        (replace(entry.fragment, start=share.start, stop=share.stop), flat[share.start : share.stop])
+        for share in found
+        if flat is not None
+    ]
 
 
 def _extras(

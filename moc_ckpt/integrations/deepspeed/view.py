@@ -97,7 +97,7 @@ class EngineView:
 def replicated_items(catalog: Catalog, *, skip_frozen: bool) -> list[Replicated]:
     """Returns the replicated tensors of which this rank is the first holder."""
     return [
-        Replicated(entry.fragment.key, entry.fragment.nbytes, entry.holders)
+        Replicated(entry.fragment.key, entry.fragment.nbytes, entry.holders, entry.fragment.numel)
         for entry in catalog.entries
         if len(entry.holders) > 1 and entry.holders[0] == catalog.rank and not (skip_frozen and entry.frozen)
     ]

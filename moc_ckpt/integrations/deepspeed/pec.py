@@ -1,0 +1,246 @@
+"""Partial experts checkpointing of one engine: token counts, the ledger, and the selection of each save."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from moc_ckpt.config import MocConfig
+from moc_ckpt.integrations.deepspeed.token_counts import TokenCounter
+from moc_ckpt.pec.dynamic_k import lower_k, raise_k
+from moc_ckpt.pec.k_values import AUTO, check_k, layer_k
+from moc_ckpt.pec.ledger import Ledger
+from moc_ckpt.pec.ownership import Ownership
+from moc_ckpt.pec.selector import SaveHistory, Selection, select
+from moc_ckpt.state.catalog import Catalog
+from moc_ckpt.state.unit import MoELayer, expert_unit, parse_expert_unit
+from moc_ckpt.storage.manifest import Manifest
+
+__all__ = ["OwnedBytes", "PartialExperts", "owned_bytes"]
+
+logger = logging.getLogger("moc_ckpt")
+
+
+class OwnedBytes(NamedTuple):
+    """What one rank holds, in bytes; small and picklable.
+
+    Attributes:
+        sole: (layer, expert, rank, bytes) of what only this rank holds.
+        shared: the same for what it is the first of several holders of, spread evenly over them.
+        dense: bytes of dense state that only this rank holds.
+        shared_dense: (rank, bytes) of dense state that it is the first of several holders of, spread evenly.
+    """
+
+    sole: list[tuple[int, int, int, int]]
+    shared: list[tuple[int, int, int, int]]
+    dense: int
+    shared_dense: dict[tuple[int, ...], int]
+
+
+def owned_bytes(catalog: Catalog) -> OwnedBytes:
+    """Sums up a rank's catalog. Not collective."""
+    sole: dict[tuple[int, int], int] = {}
+    shared: dict[tuple[int, int, tuple[int, ...]], int] = {}
+    dense = 0
+    shared_dense: dict[tuple[int, ...], int] = {}
+    for entry in catalog.entries:
+        place, nbytes = parse_expert_unit(entry.unit), entry.fragment.nbytes
+        if entry.holders == (catalog.rank,):
+            if place is None:
+                dense += nbytes
+            else:
+                sole[place] = sole.get(place, 0) + nbytes
+        elif entry.holders[0] == catalog.rank:
+            if place is None:
+                shared_dense[entry.holders] = shared_dense.get(entry.holders, 0) + nbytes
+            else:
+                key = (*place, entry.holders)
+                shared[key] = shared.get(key, 0) + nbytes
+    spread = [
+        (layer, expert, rank, share)
+        for (layer, expert, holders), nbytes in shared.items()
+        for rank, share in _evenly(nbytes, holders)
+    ]
+    return OwnedBytes([(*place, catalog.rank, nbytes) for place, nbytes in sole.items()], spread, dense, shared_dense)
+
+
+def _evenly(nbytes: int, ranks: Sequence[int]) -> list[tuple[int, int]]:
+    share, rest = divmod(nbytes, len(ranks))
+    return [(rank, share + (place < rest)) for place, rank in enumerate(ranks)]
+
+
+class PartialExperts:
+    """The experts' side of one engine's checkpoints. Methods are collective where they say so; not thread-safe.
+
+    Building it is not collective; `set_ownership` completes it.
+
+    Args:
+        engine: the engine; forward hooks are put on its gates.
+        config: the validated configuration.
+        layers: the model's MoE layers.
+
+    Attributes:
+        ledger: tokens processed and lost as of the last save or restore; equal on all ranks.
+        sole: bytes that ZeRO gives each rank: what nobody else can write.
+        ownership: the same with replicated state spread evenly over its holders, which schedules are made for.
+
+    Raises:
+        ConfigError: if K does not fit the model.
+    """
+
+    def __init__(self, engine: Any, config: MocConfig, layers: Sequence[MoELayer]) -> None:
+        self._config = config
+        self._experts = tuple(layer.num_experts for layer in layers)
+        check_k(config.k_snapshot, config.k_persist, self._experts, where="ds_config, moc_checkpoint")
+        gates = [engine.module.get_submodule(layer.prefix).deepspeed_moe.gate for layer in layers]
+        self._top_k = tuple(int(gate.k) for gate in gates)
+        self._counter = TokenCounter(engine, layers)
+        self.ledger = self._new_ledger()
+        self.sole = self.ownership = Ownership.from_rows(self._experts, dist.get_world_size(), ())
+        self._histories: dict[str, SaveHistory] = {}
+
+    def _new_ledger(self) -> Ledger:
+        return Ledger.start(self._experts, self._top_k, self._config.plt_total_tokens)
+
+    def set_ownership(self, replies: Sequence[OwnedBytes]) -> None:
+        """Takes in what every rank owns, in rank order."""
+        world = len(replies)
+        dense = [reply.dense for reply in replies]
+        self.sole = Ownership.from_rows(self._experts, world, _chain(reply.sole for reply in replies), dense)
+        for reply in replies:
+            for holders, nbytes in reply.shared_dense.items():
+                for rank, share in _evenly(nbytes, holders):
+                    dense[rank] += share
+        rows = _chain(row for reply in replies for row in (reply.sole, reply.shared))
+        self.ownership = Ownership.from_rows(self._experts, world, rows, dense)
+
+    @property
+    def k(self) -> tuple[int, ...]:
+        """Experts that a checkpoint stores anew, for each MoE layer; Dynamic-K included."""
+        config = self._config
+        return layer_k(config.k_persist, self._experts, floor=self.ledger.floor, most=config.k_snapshot)
+
+    @property
+    def partial(self) -> bool:
+        """Tells whether a save leaves experts to older checkpoints."""
+        return self._config.selection != "full" and self.k != self._experts
+
+    def step_done(self, skipped: bool) -> None:
+        """Takes in the counts of one optimizer step. Not collective; launches work on the device, waits for nothing.
+
+        Args:
+            skipped: the step overflowed and changed nothing.
+        """
+        self._counter.step_done(skipped)
+
+    def reduce(self) -> None:
+        """Adds up the token counts of all ranks since the last time; collective, one all-reduce."""
+        if not self._experts:
+            return
+        vector = self._counter.take()
+        dist.all_reduce(vector)
+        counts = self._counter.layout.split(vector.tolist())
+        self.ledger = self.ledger.add([layer.processed for layer in counts], [layer.routed for layer in counts])
+
+    def select(self, url: str, forced: Collection[tuple[int, int]], *, full: bool) -> Selection:
+        """Selects the experts of a save; a pure function of what all ranks know.
+
+        Args:
+            url: the directory.
+            forced: (layer, expert) of those that it has no usable version of.
+            full: take all.
+        """
+        history = self._histories.get(url) or SaveHistory.start(self._experts)
+        method = "full" if full else self._config.selection
+        return select(history, self.ledger.learnt, self.ownership, method, self.k, forced)
+
+    def begin_save(self) -> Ledger:
+        """Returns the ledger that goes into a save."""
+        ledger = self.ledger.mark_save()
+        least = self._scalar_k
+        if self._config.dynamic_k and ledger.floor and least is not None:
+            present = max(ledger.floor, least)
+            lower = lower_k(present, least, ledger.plt, ledger.forecast, self._config.max_plt)
+            ledger = replace(ledger, floor=lower if lower > least else 0)
+        return ledger
+
+    def saved(self, url: str, selection: Selection, ledger: Ledger) -> None:
+        """Takes in that a save was committed."""
+        if ledger.floor != self.ledger.floor and dist.get_rank() == 0:
+            logger.info("Dynamic-K: K is %d again", ledger.floor or self._scalar_k)
+        self.ledger = ledger
+        self._histories[url] = selection.after
+
+    def manifest_data(self, selection: Selection, ledger: Ledger) -> dict[str, Any]:
+        """Returns what a manifest says about the experts, as plain data."""
+        return {**ledger.to_data(), "k": list(self.k), "history": selection.after.to_data()}
+
+    def loads(self, selection: Selection) -> list[int]:
+        """Returns the bytes that each rank writes of what nobody else holds, by rank."""
+        offsets = self.sole.offsets
+        return [int(load) for load in self.sole.loads([offsets[layer] + expert for layer, expert in selection.places])]
+
+    def tokens(self, selection: Selection, ledger: Ledger) -> dict[str, int]:
+        """Returns what each selected expert unit has learnt, in tokens."""
+        learnt = ledger.learnt
+        return {expert_unit(layer, expert): int(learnt[layer][expert]) for layer, expert in selection.places}
+
+    def restored(self, manifest: Manifest, url: str | None) -> None:
+        """Takes in that the engine's state is a checkpoint's now. Not collective; equal on all ranks.
+
+        Args:
+            manifest: the checkpoint.
+            url: its directory, if this run continues it; None if only the model was taken over.
+        """
+        self._counter.take()
+        self._histories.clear()
+        self.ledger = self._new_ledger()
+        counts = tuple(layer.num_experts for layer in manifest.moe_layers)
+        if url is None or counts != self._experts or not counts:
+            return
+        if manifest.ledger is None:
+            return  # written before there were ledgers: every expert is of the checkpoint's own step
+        ledger = Ledger.from_data(manifest.ledger, self._config.plt_total_tokens)
+        learnt: list[list[int | None]] = [[None] * count for count in counts]
+        for unit in manifest.units:
+            place = parse_expert_unit(unit.name)
+            if place is not None:
+                learnt[place[0]][place[1]] = unit.tokens
+        self.ledger = ledger.recover(learnt, attempt=manifest.attempt, step=manifest.step)
+        self._histories[url] = SaveHistory.from_data(manifest.ledger["history"], counts)
+        self._raise_k()
+
+    def _raise_k(self) -> None:
+        config = self._config
+        if not config.dynamic_k or self._scalar_k is None:
+            return
+        present, most = max(self._scalar_k, self.ledger.floor), max(self._experts)
+        raised = raise_k(present, most, self.ledger.plt, self.ledger.forecast, config.max_plt)
+        self.ledger = replace(self.ledger, floor=raised if raised > self._scalar_k else 0)
+        if raised > present and dist.get_rank() == 0:
+            logger.info(
+                "Dynamic-K: K is %d instead of %d: with PLT %.2f %% so far the next fault would pass %.2f %%",
+                raised,
+                present,
+                100 * self.ledger.plt,
+                100 * config.max_plt,
+            )
+
+    @property
+    def _scalar_k(self) -> int | None:
+        """The configured K of checkpoints; None if they are full."""
+        k = self._config.k_persist if self._config.k_persist != AUTO else self._config.k_snapshot
+        return None if k == AUTO or self._config.selection == "full" else k
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        self._counter.close()
+
+
+def _chain(rows: Iterable[Iterable[tuple[int, int, int, int]]]) -> Iterable[tuple[int, int, int, int]]:
+    for some in rows:
+        yield from some

@@ -1,0 +1,152 @@
+"""The loads of every step and rank while a schedule is being made. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Grid", "Layer", "Slots"]
+
+_Ints = npt.NDArray[np.int64]
+_HUGE = np.iinfo(np.int64).max
+
+Slots = list[_Ints]
+"""Per layer, the window of each pending expert."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Layer:
+    """The pending experts of one layer and their shares.
+
+    Attributes:
+        cycle: number of windows.
+        limit: the most experts of a window.
+        columns: [C] ranks that own something of the layer, ascending.
+        table: [experts, C] bytes of each expert on those ranks.
+        ranks: [experts, D] the ranks of each expert, padded with the number of ranks.
+        nbytes: [experts, D] its bytes there, padded with 0.
+    """
+
+    cycle: int
+    limit: int
+    columns: _Ints
+    table: _Ints
+    ranks: _Ints
+    nbytes: _Ints
+
+    @classmethod
+    def build(cls, cycle: int, limit: int, size: int, world: int, expert: _Ints, rank: _Ints, nbytes: _Ints) -> Layer:
+        """Builds it from shares sorted by expert.
+
+        Args:
+            cycle: number of windows.
+            limit: the most experts of a window.
+            size: number of experts.
+            world: number of ranks.
+            expert: [M] expert of each share.
+            rank: [M] its rank; an expert has at most one share on a rank.
+            nbytes: [M] its bytes.
+        """
+        columns, column = np.unique(rank, return_inverse=True)
+        table = np.zeros((size, len(columns)), dtype=np.int64)
+        table[expert, column] = nbytes
+        shares = np.bincount(expert, minlength=size)
+        place = np.arange(len(expert)) - (np.cumsum(shares) - shares)[expert]
+        shape = (size, int(shares.max(initial=0)))
+        ranks, sizes = np.full(shape, world, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        ranks[expert, place] = rank
+        sizes[expert, place] = nbytes
+        return cls(cycle, limit, columns, table, ranks, sizes)
+
+    @property
+    def size(self) -> int:
+        """Number of pending experts."""
+        return len(self.ranks)
+
+
+class Grid:
+    """Loads [period, ranks] of a schedule that may still lack experts. Changed in place; not thread-safe.
+
+    Row t is step t. A layer that repeats has its window s in the rows s, s + cycle, s + 2 * cycle, …; one that runs
+    once has it in row s alone.
+
+    Attributes:
+        layers: the layers.
+        base: [ranks] bytes of every step.
+        repeat: whether the windows repeat.
+        period: number of rows.
+        loads: [period, ranks + 1] bytes; the last column takes the padding of shares and means nothing.
+        slots: per layer [experts] the window of each expert; -1 if it has none yet.
+        counts: per layer [cycle] experts in each window.
+        views: per layer [rows of a window, windows, ranks + 1] the same memory as `loads`.
+    """
+
+    def __init__(self, layers: Sequence[Layer], base: _Ints, period: int, repeat: bool) -> None:
+        self.layers = tuple(layers)
+        self.base = base.copy()
+        self.repeat = repeat
+        self.period = period
+        self.world = len(base)
+        self.loads = np.zeros((period, self.world + 1), dtype=np.int64)
+        self.loads[:, : self.world] = base
+        self.slots: Slots = [np.full(layer.size, -1, dtype=np.int64) for layer in self.layers]
+        self.counts = [np.zeros(layer.cycle, dtype=np.int64) for layer in self.layers]
+        self.views = [
+            self.loads.reshape(-1, layer.cycle if repeat else period, self.world + 1) for layer in self.layers
+        ]
+
+    def peak(self) -> int:
+        """Returns the largest load, bytes."""
+        return int(self.loads[:, : self.world].max(initial=0))
+
+    def own_peaks(self) -> _Ints:
+        """Returns [ranks] the largest load of each rank without the base, bytes."""
+        found: _Ints = self.loads[:, : self.world].max(axis=0) - self.base
+        return found
+
+    def rebase(self, base: _Ints) -> None:
+        """Takes another base."""
+        self.loads[:, : self.world] += base - self.base
+        self.base = base.copy()
+
+    def copy_slots(self) -> Slots:
+        """Returns a copy of the schedule."""
+        return [slots.copy() for slots in self.slots]
+
+    def shift(self, layer: int, expert: int, slot: int) -> None:
+        """Moves an expert into a window; -1 takes it out of the schedule."""
+        plan, view, counts = self.layers[layer], self.views[layer], self.counts[layer]
+        old = int(self.slots[layer][expert])
+        ranks, nbytes = plan.ranks[expert], plan.nbytes[expert]
+        if old >= 0:
+            view[:, old, ranks] -= nbytes
+            counts[old] -= 1
+        if slot >= 0:
+            view[:, slot, ranks] += nbytes
+            counts[slot] += 1
+        self.slots[layer][expert] = slot
+
+    def place(self, slots: Slots) -> None:
+        """Takes over a schedule in which every expert has a window."""
+        self.loads[:] = 0
+        self.loads[:, : self.world] = self.base
+        for layer, plan in enumerate(self.layers):
+            self.slots[layer] = slots[layer].copy()
+            self.counts[layer] = np.bincount(slots[layer], minlength=plan.cycle)
+            windows = np.zeros((plan.cycle, self.world + 1), dtype=np.int64)
+            np.add.at(windows, (slots[layer][:, None], plan.ranks), plan.nbytes)
+            self.views[layer][:, : plan.cycle] += windows
+
+    def fill(self) -> None:
+        """Gives every expert without a window the one where the loads of its ranks stay lowest, large experts first."""
+        for layer, plan in enumerate(self.layers):
+            view, counts, slots = self.views[layer], self.counts[layer], self.slots[layer]
+            for expert in np.argsort(-plan.nbytes.max(axis=1, initial=0), kind="stable").tolist():
+                if slots[expert] >= 0:
+                    continue
+                found = (view[:, : plan.cycle, plan.ranks[expert]] + plan.nbytes[expert]).max(axis=2, initial=0)
+                cost = np.where(counts < plan.limit, found.max(axis=0), _HUGE)
+                self.shift(layer, expert, int(cost.argmin()))
