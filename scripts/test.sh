@@ -16,5 +16,6 @@ step "import-linter"
 lint-imports
 step "docs are generated from the code"
 python scripts/docs/configuration.py --check
+python scripts/docs/pec_tables.py --check
 step "pytest"
 python -m pytest "$@"

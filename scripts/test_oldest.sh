@@ -12,4 +12,4 @@ moc_environment
 if [ "$("$PYTHON" -c 'from importlib.metadata import version; print(version("deepspeed"))')" != "$oldest" ]; then
     DS_BUILD_OPS=0 moc_pip "deepspeed $oldest" --no-build-isolation --no-deps "deepspeed==$oldest"
 fi
-exec "$PYTHON" -m pytest -rs tests/distributed/test_{exactness,resize,timelines,surgery,attempts,generators}.py "$@"
+exec "$PYTHON" -m pytest -rs tests/distributed/test_{exactness,resize,timelines,surgery,attempts,generators,token_counts,pec}.py "$@"

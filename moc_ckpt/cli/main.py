@@ -8,13 +8,14 @@ import typer
 
 from moc_ckpt._version import __version__
 from moc_ckpt.cli.inspect import inspect
+from moc_ckpt.cli.plan import PlanCommand, plan
 from moc_ckpt.cli.verify import verify
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="moc-ckpt",
-    help="Looks at and checks Mixture-of-Experts checkpoints written by moc_ckpt.\n\n"
+    help="Looks at, checks and plans Mixture-of-Experts checkpoints of moc_ckpt.\n\n"
     "Exit status: 0 fine, 1 found a problem, 2 wrong use. Every command has --json.",
     no_args_is_help=True,
     add_completion=False,
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(inspect)
 app.command()(verify)
+app.command(cls=PlanCommand)(plan)
 
 
 def _show_version(asked: bool) -> None:

@@ -82,6 +82,7 @@ def _show_problem(console: Console, problem: storage_verify.Problem) -> None:
     details = [("file", problem.file), ("unit", problem.unit), ("tensor", problem.tensor)]
     if problem.expected:
         details.append(("crc32c", f"expected {problem.expected}, found {problem.found}"))
+    details.append(("to do", problem.fix))
     for name, value in details:
         if value:
             console.print(Text(f"    {name + ':':<8}{value}"), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,13 +141,43 @@ class Grid:
             np.add.at(windows, (slots[layer][:, None], plan.ranks), plan.nbytes)
             self.views[layer][:, : plan.cycle] += windows
 
-    def fill(self) -> None:
-        """Gives every expert without a window the one where the loads of its ranks stay lowest, large experts first."""
-        for layer, plan in enumerate(self.layers):
-            view, counts, slots = self.views[layer], self.counts[layer], self.slots[layer]
+    def clear(self) -> None:
+        """Takes every expert out of the schedule."""
+        self.loads[:] = 0
+        self.loads[:, : self.world] = self.base
+        for slots, counts in zip(self.slots, self.counts, strict=True):
+            slots[:] = -1
+            counts[:] = 0
+
+    def fill(self, order: Sequence[int], ever_first: bool = False) -> None:
+        """Gives every expert a window, layer by layer, large experts first: greedy.
+
+        Two things are kept low: the loads of the expert's ranks in the steps that the window is in, and what the
+        layers of this cycle length ever add to a step, because layers of other cycle lengths meet that (of windows
+        that are alike modulo the common divisor, they meet all alike).
+
+        Args:
+            order: the layers, each once.
+            ever_first: whether the second comes first.
+        """
+        self.clear()
+        cycles = {layer.cycle for layer in self.layers}
+        apart = {cycle: np.zeros((cycle, self.world + 1), dtype=np.int64) for cycle in cycles}
+        for layer in order:
+            plan, view, counts = self.layers[layer], self.views[layer], self.counts[layer]
+            common = math.gcd(plan.cycle, math.lcm(*(cycles - {plan.cycle})))
+            mixed = self.repeat and len(cycles) > 1 and common < plan.cycle
+            windows = np.arange(plan.cycle)
             for expert in np.argsort(-plan.nbytes.max(axis=1, initial=0), kind="stable").tolist():
-                if slots[expert] >= 0:
-                    continue
-                found = (view[:, : plan.cycle, plan.ranks[expert]] + plan.nbytes[expert]).max(axis=2, initial=0)
-                cost = np.where(counts < plan.limit, found.max(axis=0), _HUGE)
-                self.shift(layer, expert, int(cost.argmin()))
+                ranks, nbytes = plan.ranks[expert], plan.nbytes[expert]
+                peaks = (view[:, : plan.cycle, ranks] + nbytes).max(axis=2, initial=0).max(axis=0)
+                peaks[counts >= plan.limit] = _HUGE
+                slot = int(peaks.argmin())
+                if mixed:
+                    own = apart[plan.cycle][:, ranks]
+                    ever = own.reshape(plan.cycle // common, common, len(ranks)).max(axis=0)[windows % common]
+                    rises = (np.maximum(own + nbytes, ever) - ever).sum(axis=1)
+                    rises[counts >= plan.limit] = _HUGE
+                    slot = int(np.lexsort((peaks, rises) if ever_first else (rises, peaks))[0])
+                    apart[plan.cycle][slot, ranks] += nbytes
+                self.shift(layer, expert, slot)

@@ -28,7 +28,7 @@ def improve(grid: Grid, cap: int, work: int, seed: int = 0) -> int:
     Args:
         grid: a schedule in which every expert has a window.
         cap: bytes.
-        work: effort, roughly in cells looked at (1e8 is about a second).
+        work: effort, roughly in cells looked at (1e8 is about four seconds).
         seed: of the random choices.
 
     Returns:

@@ -13,7 +13,7 @@ from moc_ckpt.pec._exact import Tree
 from moc_ckpt.pec._grid import Grid, Layer, Slots
 from moc_ckpt.pec._problem import Problem, joint_groups
 from moc_ckpt.pec._search import improve
-from moc_ckpt.pec.bounds import rank_bounds
+from moc_ckpt.pec.bounds import crowd_bound, rank_bounds
 
 __all__ = ["Solution", "solve"]
 
@@ -21,8 +21,8 @@ _Ints = npt.NDArray[np.int64]
 
 # Effort is counted in cells looked at, never in seconds: every rank must come to the same schedule.
 _MAX_CELLS = 2**21
-_SEARCH_WORK = 20_000_000
-_SEARCH_WORK_PER_EXPERT = 20_000
+_SEARCH_WORK = 4_000_000
+_SEARCH_WORK_PER_EXPERT = 6_000
 _TREE_WORK = 60_000_000
 _TREE_NODES = 20_000
 _NODE_WORK = 3000
@@ -94,22 +94,22 @@ def solve(problem: Problem) -> Solution:
         Grid([problem.layers[index] for index in group], problem.base, problem.period(group), problem.repeat)
         for group in groups
     ]
-    state = _State(problem, groups, grids, max(int(bounds.max(initial=0)), problem.floor))
-    for grid in grids:
-        grid.fill()
-    state.note()
+    state = _State(problem, groups, grids, max(int(bounds.max(initial=0)), crowd_bound(problem)))
     work = _SEARCH_WORK + _SEARCH_WORK_PER_EXPERT * sum(layer.size for layer in problem.layers)
-    if not state.done:
-        _search(state, state.bound, work // 20)
-    if not state.done:
-        _prove_ranks(state, bounds)
-    if not state.done:
-        _prove_all(state)
-    if not state.done:
-        _search(state, state.bound, work)
-    if not state.done:
-        _bisect(state, work // 4)
-    if not state.done:
+    for attempt, (order, ever_first) in enumerate(_orders(problem)):
+        for group, grid in zip(groups, grids, strict=True):
+            grid.rebase(problem.base)
+            grid.fill([group.index(layer) for layer in order if layer in group], ever_first)
+        state.note()
+        if not state.done:
+            _search(state, state.bound, work if attempt == 0 else work // 2)
+        if not state.done and attempt == 0:
+            _prove_ranks(state, bounds)
+            _prove_all(state)
+        if state.done:
+            break
+    else:
+        _bisect(state, work // 2)
         _prove_ranks(state, bounds)
     slots: Slots = [np.zeros(0, dtype=np.int64)] * len(problem.layers)
     for group, found in zip(groups, state.best, strict=True):
@@ -118,24 +118,35 @@ def solve(problem: Problem) -> Solution:
     return Solution(slots, state.peak, state.bound)
 
 
+def _orders(problem: Problem) -> list[tuple[list[int], bool]]:
+    """Returns ways to place the layers at first: their order, and `ever_first` of `Grid.fill`.
+
+    Each leaves room of another kind, which matters most if cycles differ.
+    """
+    given = list(range(len(problem.layers)))
+    longest = sorted(given, key=lambda index: -problem.layers[index].cycle)
+    shortest = sorted(given, key=lambda index: problem.layers[index].cycle)
+    return [(given, False), (longest, True), (shortest, False), (given[::-1], False)]
+
+
 def _search(state: _State, cap: int, work: int) -> bool:
     """Local search for a schedule with no load above `cap`, group by group; returns whether it found one."""
     sweeps = 1 if len(state.grids) == 1 else 4
     for sweep in range(sweeps):
         for grid in state.grids:
+            state.meet()
             improve(grid, cap, work // (sweeps * len(state.grids)), seed=sweep)
             state.note()
             if state.peak <= cap:
                 return True
-    state.restart()
-    state.meet()
     return False
 
 
 def _bisect(state: _State, work: int) -> None:
     """Local search for the lowest cap that it can meet, between the bound and the best schedule."""
     low = state.bound
-    while low + 1 < state.peak and work > 1_000_000:
+    state.restart()
+    while low + 1 < state.peak and work > _SEARCH_WORK // 8:
         middle = (low + state.peak) // 2
         if not _search(state, middle, work):
             low = middle

@@ -1,7 +1,7 @@
 """Certified lower bounds of the bottleneck of a rotation schedule. Pure.
 
 Every bound here holds for each schedule that puts every pending expert into one window of its layer's cycle and at
-most K experts into a window. They look at one rank at a time: the bottleneck of the job is at least that of any rank.
+most K experts into a window. Most look at one rank at a time: the bottleneck of the job is at least that of any rank.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from moc_ckpt.pec._problem import Problem, coprime_groups
 
-__all__ = ["packing_bound", "rank_bounds"]
+__all__ = ["crowd_bound", "packing_bound", "rank_bounds"]
 
 _Ints = npt.NDArray[np.int64]
 
 # Work limit of `rank_bounds`, in shares looked at: a second or so.
 _MAX_WORK = 1_000_000
+_MAX_PREFIX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,54 @@ def packing_bound(items: Iterable[tuple[int, int]], steps: int) -> int:
         last = steps * j + 1
         best = max(best, top(last) - top(last - j - 1))
     return best
+
+
+def crowd_bound(problem: Problem) -> int:
+    """Returns a lower bound, bytes, that looks at sets of ranks together; for windows that run once.
+
+    Layers with shorter cycles crowd the first steps. Of a layer that goes on after the first p steps, as many experts
+    as the later windows have no room for are in these p steps. Which ones is free, but what they have on a set of
+    ranks, each its largest share there, is no less than as many of the smallest among the layer's. These shares, and
+    all of the layers that end by then, are spread over p times the number of ranks places, each with at least the
+    smallest base of these ranks.
+
+    Args:
+        problem: what to schedule; the bound is trivial for one that repeats or has but one cycle length.
+    """
+    lengths = sorted({layer.cycle for layer in problem.layers})
+    if problem.repeat or len(lengths) < 2:
+        return problem.floor
+    best, work = problem.floor, 0
+    prefixes = sorted({*lengths, *range(1, min(lengths[-1], _MAX_PREFIX))})
+    for ranks in _rank_sets(problem):
+        inside = np.zeros(problem.world + 1, dtype=bool)
+        inside[ranks] = True
+        shares = [np.where(inside[layer.ranks], layer.nbytes, 0) for layer in problem.layers]
+        tops = [np.sort(part.max(axis=1, initial=0)) for part in shares]
+        base = problem.base[ranks]
+        for steps in prefixes:
+            work += sum(part.size for part in shares)
+            if work > 10 * _MAX_WORK:
+                return best
+            parts = []
+            for layer, part, top in zip(problem.layers, shares, tops, strict=True):
+                number = max(layer.size - max(layer.cycle - steps, 0) * layer.limit, 0)
+                parts.append(part.ravel() if number == layer.size else top[:number])
+            sizes, times = np.unique(np.concatenate(parts), return_counts=True)
+            packed = packing_bound(zip(sizes.tolist(), times.tolist(), strict=True), steps * len(ranks))
+            best = max(best, int(base.min()) + packed)
+    return best
+
+
+def _rank_sets(problem: Problem) -> list[_Ints]:
+    """Returns all ranks, the ranks of each layer, and each set of ranks that own parts of the same layers."""
+    owns = np.zeros((problem.world, len(problem.layers)), dtype=bool)
+    for index, layer in enumerate(problem.layers):
+        owns[layer.columns, index] = True
+    _, which = np.unique(owns, axis=0, return_inverse=True)
+    found = [np.arange(problem.world), *(layer.columns for layer in problem.layers)]
+    found += [np.flatnonzero(which.ravel() == one) for one in range(int(which.max(initial=-1)) + 1)]
+    return list({ranks.tobytes(): ranks for ranks in found if len(ranks)}.values())
 
 
 def rank_bounds(problem: Problem) -> _Ints:

@@ -27,7 +27,6 @@ __all__ = [
     "Loads",
     "Replicated",
     "Share",
-    "assign_writers",
     "plan_shares",
     "sharding_lower_bound",
     "share_loads",
@@ -223,24 +222,6 @@ def share_loads(shares: Mapping[TensorKey, Sequence[Share]], items: Iterable[Rep
     found = np.zeros(world, dtype=np.int64)
     np.add.at(found, writers, table[:, 1])
     return found
-
-
-def assign_writers(items: Iterable[Replicated], loads: Loads) -> dict[TensorKey, int]:
-    """Picks one writer per tensor: largest first onto the least loaded of its holders.
-
-    Args:
-        items: the replicated tensors of all ranks, each once.
-        loads: bytes that each rank writes anyway (what ZeRO partitioned); ranks that a mapping leaves out have 0.
-
-    Returns:
-        The writing rank of each tensor.
-
-    Raises:
-        CoverageError: if a tensor is named twice.
-        ValueError: for bad sizes, holders or loads.
-    """
-    problem = _problem(items, loads)
-    return dict(zip((item.key for item in problem.items), _whole(problem)[0], strict=True))
 
 
 def _problem(items: Iterable[Replicated], loads: Loads) -> _Problem:

@@ -267,14 +267,12 @@ def test_append_makes_files_like_any_other(tmp_path: Path) -> None:
         try:
             store.write(f"{mask}/written/x", b"")
             store.append(f"{mask}/appended/x", b"")
+            store.append(f"{mask}/appended/y", b"")
         finally:
             os.umask(before)
-        for end in ("", "/x"):
-            modes = [
-                stat.S_IMODE((store.local_path / f"{mask}/{kind}{end}").stat().st_mode)
-                for kind in ("written", "appended")
-            ]
-            assert modes[0] == modes[1]
+        top = store.local_path / str(mask)
+        for one, other in [("written", "appended"), ("written/x", "appended/x"), ("written/x", "appended/y")]:
+            assert stat.S_IMODE((top / one).stat().st_mode) == stat.S_IMODE((top / other).stat().st_mode)
 
 
 def test_append_is_one_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import re
 import time
 from itertools import pairwise
 from math import ceil
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -122,17 +123,21 @@ def test_few_layers_wrap_and_many_share_cells() -> None:
 # ---- the map ----
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.data())
-def test_a_reader_finds_every_age(data: st.DataObject) -> None:
-    width = data.draw(st.integers(24, 170))
-    many = data.draw(st.booleans())
-    counts = {
-        layer: data.draw(st.integers(1, 300 if many else 20))
-        for layer in range(data.draw(st.integers(1, 60 if many else 6)))
-    }
-    kinds = data.draw(st.sampled_from([[0, 10], [0, 7, 14, 21, 1000], list(range(0, 400, 5)), [30]]))
-    random = data.draw(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=50)
+@given(
+    width=st.integers(24, 170),
+    layers=st.sampled_from([1, 2, 5, 60]),
+    experts=st.sampled_from([1, 2, 7, 16, 65, 256, 300]),
+    alike=st.booleans(),
+    kinds=st.sampled_from([[0, 10], [0, 7, 14, 21, 1000], list(range(0, 400, 5)), [30]]),
+    colours=st.sampled_from(["truecolor", "256", "standard"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_reader_finds_every_age(
+    width: int, layers: int, experts: int, alike: bool, kinds: list[int], colours: str, seed: int
+) -> None:
+    random = Random(seed)
+    counts = {layer: experts if alike else random.randint(1, experts) for layer in range(layers)}
     ages = {layer: {expert: random.choice(kinds) for expert in range(count)} for layer, count in counts.items()}
     text = plain(draw(ages, counts, width))
     assert all(len(line) <= width for line in text.splitlines())
@@ -147,7 +152,7 @@ def test_a_reader_finds_every_age(data: st.DataObject) -> None:
         if width >= 50:
             assert int(oldest[layer].replace(",", "")) == max(ages[layer].values())
     # Colours change nothing that can be read.
-    assert plain(draw(ages, counts, width, data.draw(st.sampled_from(["truecolor", "256", "standard"])))) == text
+    assert plain(draw(ages, counts, width, colours)) == text
 
 
 def test_how_it_looks() -> None:
@@ -170,6 +175,14 @@ def test_notes_say_what_a_map_does_not_show() -> None:
     assert "oldest of 4 neighbouring experts" in text and "NOTE" in text
     few = draw({0: many[0]}, {0: 256}, 80, note="NOTE")
     assert "+64 goes on with expert 64" in few and "NOTE" not in few
+
+
+def test_a_shared_cell_shows_the_oldest() -> None:
+    ages = {layer: dict.fromkeys(range(256), 0) for layer in range(60)}
+    ages[7] |= {100: 10, 101: 30, 102: 20}
+    marks, levels, oldest, per_cell = parse(plain(draw(ages, dict.fromkeys(range(60), 256), 80)))
+    assert per_cell == 4 and levels == {".": (0, 0), "1": (30, 30)} and oldest[7] == "30"
+    assert marks[7] == ["."] * 25 + ["1"] + ["."] * 38
 
 
 def test_missing_experts_show() -> None:

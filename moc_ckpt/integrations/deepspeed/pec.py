@@ -196,7 +196,7 @@ class PartialExperts:
             manifest: the checkpoint.
             url: its directory, if this run continues it; None if only the model was taken over.
         """
-        self._counter.take()
+        self._counter.reset()
         self._histories.clear()
         self.ledger = self._new_ledger()
         counts = tuple(layer.num_experts for layer in manifest.moe_layers)
