@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,17 @@ __all__ = ["Tree"]
 
 _Ints = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A node on the path: the expert placed there, the windows to try, those tried, and what to put back."""
+
+    unit: int
+    ahead: list[list[int]]
+    twins: _Ints
+    allowed: _Bools
+    tried: list[list[int]] = field(default_factory=list)
 
 
 class Tree:
@@ -52,7 +64,8 @@ class Tree:
         self._members = [np.flatnonzero(np.array(self._kind) == kind) for kind in range(len(self._kinds))]
         self._apart = [np.zeros((cycle, world), dtype=np.int64) for cycle in self._kinds]
         self._open = np.ones(units, dtype=bool)
-        self._nodes = 0
+        self._cap = self._left = 0
+        self.nodes = 0
 
     def run(self, cap: int, nodes: int) -> tuple[str, Slots]:
         """Searches.
@@ -62,18 +75,45 @@ class Tree:
             nodes: the most nodes to look at.
 
         Returns:
-            "found" with a schedule, "none" if it is certain that there is none, "limit" if the nodes ran out; and the
-            nodes it took are in `nodes`.
+            "found" with a schedule, "none" if it is certain that there is none, "limit" if the nodes ran out. `nodes`
+            of the tree says how many it took.
         """
-        self._cap = cap
-        self._left = nodes
-        if self._grid.world and int(self._grid.base.max(initial=0)) > cap:
-            return "none", []
-        found = self._descend()
+        self._cap, self._left = cap, nodes
+        found = bool((self._grid.base <= cap).all()) and self._walk()
         self.nodes = nodes - self._left
         if found:
             return "found", self._grid.copy_slots()
         return ("limit" if self._left <= 0 else "none"), []
+
+    def _walk(self) -> bool:
+        """Goes through the tree, depth first; returns whether it came to a full schedule, which is then in the grid."""
+        path: list[_Branch] = []
+        while True:
+            self._left -= 1
+            chosen = self._choose()
+            if chosen is not None:
+                unit, slots = chosen
+                if unit < 0:
+                    return True
+                twins = self._twins[unit]
+                path.append(_Branch(unit, self._distinct(unit, slots), twins, self._allowed[twins].copy()))
+                self._open[unit] = False
+            while path:
+                last = path[-1]
+                if last.tried:
+                    same = last.tried[-1]
+                    self._shift(last.unit, same[0], back=True)
+                    # No schedule below this node has the expert, or a twin, in any of these windows.
+                    self._allowed[last.twins[:, None], same] = False
+                if last.ahead and self._left > 0:
+                    last.tried.append(last.ahead.pop(0))
+                    self._shift(last.unit, last.tried[-1][0])
+                    break
+                self._open[last.unit] = True
+                self._allowed[last.twins] = last.allowed
+                path.pop()
+            if not path:
+                return False
 
     def _find_twins(self) -> list[_Ints]:
         """Returns, per expert, the experts of its layer with the same shares, itself included."""
@@ -83,20 +123,18 @@ class Tree:
             groups.setdefault(key, []).append(unit)
         return [np.array(groups[key], dtype=np.int64) for key in keys]
 
-    def _descend(self) -> bool:
-        if self._left <= 0:
-            return False
-        self._left -= 1
+    def _choose(self) -> tuple[int, _Ints] | None:
+        """Returns the expert to place next and the windows where it fits; -1 if all are placed, None at a dead end."""
         units = np.flatnonzero(self._open)
         if len(units) == 0:
-            return True
+            return -1, units
         room = self._cap - self._grid.loads[:, : self._grid.world]
         table = self._table[units]
         # A row whose room is below the smallest open share of a rank takes nothing more there.
         smallest = np.where(table > 0, table, np.iinfo(np.int64).max).min(axis=0)
         free = np.where(room >= smallest, room, 0).sum(axis=0)
         if np.any((table * self._times[units][:, None]).sum(axis=0) > free):
-            return False
+            return None
         fits = self._allowed[units]
         for kind, cycle in enumerate(self._kinds):
             mine = np.flatnonzero(np.isin(self._home[units], self._members[kind]))
@@ -107,37 +145,21 @@ class Tree:
         fits &= self._counts[self._home[units]] < self._limits[self._home[units]][:, None]
         options = fits.sum(axis=1)
         if options.min() == 0:
-            return False
+            return None
         pick = int(np.lexsort((-table.max(axis=1, initial=0), options))[0])
-        unit = int(units[pick])
-        return self._branch(unit, np.flatnonzero(fits[pick]))
+        return int(units[pick]), np.flatnonzero(fits[pick])
 
-    def _branch(self, unit: int, slots: _Ints) -> bool:
-        home, spot = int(self._home[unit]), int(self._spot[unit])
-        twins, shares = self._twins[unit], self._table[unit]
-        apart, before = self._apart[self._kind[home]], self._allowed[twins].copy()
-        self._open[unit] = False
-        for same in self._distinct(home, slots):
-            slot = same[0]
-            self._grid.shift(home, spot, slot)
-            self._counts[home, slot] += 1
-            apart[slot] += shares
-            if self._descend():
-                return True
-            apart[slot] -= shares
-            self._counts[home, slot] -= 1
-            self._grid.shift(home, spot, -1)
-            if self._left <= 0:
-                break
-            # No schedule below this node has the expert, or a twin, in any of these windows.
-            self._allowed[twins[:, None], same] = False
-        self._open[unit] = True
-        self._allowed[twins] = before
-        return False
+    def _shift(self, unit: int, slot: int, back: bool = False) -> None:
+        """Puts an expert into a window, or takes it out again."""
+        home = int(self._home[unit])
+        sign = -1 if back else 1
+        self._grid.shift(home, int(self._spot[unit]), -1 if back else slot)
+        self._counts[home, slot] += sign
+        self._apart[self._kind[home]][slot] += sign * self._table[unit]
 
-    def _distinct(self, home: int, slots: _Ints) -> Iterator[list[int]]:
-        """Yields windows to try, each with those that stand for the same, in the order of their loads."""
-        kind = self._kind[home]
+    def _distinct(self, unit: int, slots: _Ints) -> list[list[int]]:
+        """Returns windows to try, each with those that stand for the same, in the order of their loads."""
+        kind = self._kind[int(self._home[unit])]
         apart, members, cycle = self._apart[kind], self._members[kind], self._kinds[kind]
         others = [other for other in self._kinds if other != cycle] if self._grid.repeat else []
         # Windows s and s' meet the same windows of the other layers if s = s' modulo what the cycles have in common.
@@ -151,4 +173,4 @@ class Tree:
         if not self._counts.any() and self._grid.repeat:
             merged = [slot for same in groups.values() for slot in same]
             groups = {(): sorted(merged)}
-        yield from sorted(groups.values(), key=lambda same: (int(apart[same[0]].sum()), same[0]))
+        return sorted(groups.values(), key=lambda same: (int(apart[same[0]].sum()), same[0]))

@@ -76,7 +76,7 @@ class Grid:
 
     Attributes:
         layers: the layers.
-        base: [ranks] bytes of every step.
+        base: [ranks] bytes of every step, or [period, ranks] of each.
         repeat: whether the windows repeat.
         period: number of rows.
         loads: [period, ranks + 1] bytes; the last column takes the padding of shares and means nothing.
@@ -103,13 +103,13 @@ class Grid:
         """Returns the largest load, bytes."""
         return int(self.loads[:, : self.world].max(initial=0))
 
-    def own_peaks(self) -> _Ints:
-        """Returns [ranks] the largest load of each rank without the base, bytes."""
-        found: _Ints = self.loads[:, : self.world].max(axis=0) - self.base
+    def own(self) -> _Ints:
+        """Returns [period, ranks] the loads without the base, bytes."""
+        found: _Ints = self.loads[:, : self.world] - self.base
         return found
 
     def rebase(self, base: _Ints) -> None:
-        """Takes another base."""
+        """Takes another base, [ranks] or [period, ranks] bytes."""
         self.loads[:, : self.world] += base - self.base
         self.base = base.copy()
 

@@ -12,12 +12,9 @@ import numpy.typing as npt
 from moc_ckpt.pec._grid import Layer
 from moc_ckpt.pec.ownership import Ownership
 
-__all__ = ["MAX_PERIOD", "Problem", "build_problem", "coprime_groups", "joint_groups"]
+__all__ = ["Problem", "build_problem"]
 
 _Ints = npt.NDArray[np.int64]
-
-MAX_PERIOD = 4096
-"""Steps: cycles that meet again only after more steps than this are not followed step by step."""
 
 _DOMINANCE_CHECKS = 200_000
 
@@ -93,57 +90,6 @@ def build_problem(
         )
     floor = int(ownership.dense.max(initial=0))
     return Problem(tuple(layers), tuple(ordinals), ownership.dense[kept], repeat, floor)
-
-
-def coprime_groups(cycles: Sequence[int]) -> list[list[int]]:
-    """Returns the layers in groups such that cycles of different groups have no common divisor.
-
-    By the Chinese remainder theorem every combination of one step per group then comes up when windows repeat, so the
-    largest load of a rank is exactly its base plus the sum, over the groups, of its largest load from that group.
-
-    Args:
-        cycles: number of windows of each layer, above 0.
-    """
-    groups: list[tuple[int, list[int]]] = []
-    for index, cycle in enumerate(cycles):
-        period, members = cycle, [index]
-        apart = []
-        for other, others in groups:
-            if math.gcd(other, cycle) == 1:
-                apart.append((other, others))
-            else:
-                period, members = math.lcm(period, other), others + members
-        groups = [*apart, (period, members)]
-    return sorted(sorted(members) for _, members in groups)
-
-
-def joint_groups(problem: Problem, max_cells: int) -> list[list[int]]:
-    """Returns the layers in groups whose steps can be followed one by one.
-
-    One group if it is small enough; else the coprime groups; and of those that are still too large, one for each
-    length of cycle. The largest load of a rank is at most its base plus the sum of its largest loads from the groups,
-    and exactly that in the first two cases.
-
-    Args:
-        problem: the problem.
-        max_cells: the most cells (steps times ranks) of a group of layers with different cycles.
-    """
-    everything = list(range(len(problem.layers)))
-
-    def small(group: Sequence[int]) -> bool:
-        period = problem.period(group)
-        return period <= MAX_PERIOD and period * problem.world <= max_cells
-
-    if not problem.repeat or small(everything):
-        return [everything] if everything else []
-    found = []
-    for group in coprime_groups([layer.cycle for layer in problem.layers]):
-        if small(group):
-            found.append(group)
-            continue
-        cycles = sorted({problem.layers[index].cycle for index in group})
-        found += [[index for index in group if problem.layers[index].cycle == cycle] for cycle in cycles]
-    return found
 
 
 def _undominated(unit: _Ints, rank: _Ints, nbytes: _Ints, dense: _Ints) -> _Ints:

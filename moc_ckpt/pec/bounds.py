@@ -15,7 +15,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from moc_ckpt.pec._problem import Problem, coprime_groups
+from moc_ckpt.pec._meet import coprime_groups, meeting_modulus
+from moc_ckpt.pec._problem import Problem
 
 __all__ = ["crowd_bound", "packing_bound", "rank_bounds"]
 
@@ -193,7 +194,7 @@ def _repeating(layers: Sequence[_Owned]) -> int:
     # this mean an expert of a layer with cycle c adds share * g / c, g = gcd(c, fold), in the fold / g residues that
     # it meets. So packing these parts into `fold` steps is a bound. All is multiplied by `scale` to stay whole.
     # fold = period is the packing of every repetition into every step, fold = 1 the mean.
-    folds = {1, period, *cycles, *(math.gcd(a, b) for a in cycles for b in cycles)}
+    folds = {1, period, meeting_modulus(cycles), *cycles, *(math.gcd(a, b) for a in cycles for b in cycles)}
     folds |= {math.lcm(a, b) for a in cycles for b in cycles}
     for fold in sorted(folds):
         common = {cycle: math.gcd(cycle, fold) for cycle in cycles}

@@ -7,14 +7,14 @@ the windows are chosen from the real ownership.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moc_ckpt.pec._problem import MAX_PERIOD, build_problem, coprime_groups
+from moc_ckpt.pec._meet import MAX_PERIOD, fold, meeting_modulus
+from moc_ckpt.pec._problem import build_problem
 from moc_ckpt.pec._solve import solve
 from moc_ckpt.pec.ownership import Ownership
 
@@ -66,8 +66,7 @@ def plan_cycle(ownership: Ownership, k: Sequence[int], pending: Sequence[Sequenc
         pending: per layer, the experts to schedule; none for all.
 
     Returns:
-        The plan. If layers whose cycles have common divisors meet again only after more than 4096 steps,
-        `bottleneck_bytes` is an upper bound (see `schedule_bottleneck`); `lower_bound_bytes` is certified in any case.
+        The plan. `bottleneck_bytes` is what `schedule_bottleneck` says; `lower_bound_bytes` is certified in any case.
 
     Raises:
         ValueError: if K is below 1 or a pending expert does not exist or is named twice.
@@ -89,8 +88,9 @@ def schedule_bottleneck(
 ) -> int:
     """Returns the bytes of the most loaded rank over all steps, dense state included.
 
-    Exact, but for layers that repeat, whose cycles have common divisors and whose common period is above 4096 steps:
-    then each length of cycle is taken to meet the worst windows of the others, which gives an upper bound.
+    The steps of the common period are not gone through: windows of different cycles meet if they are alike modulo the
+    common divisor, so only the residues modulo the common divisors are (exact). If even these are more than 4096, every
+    window is taken to meet every window of another cycle length, which gives an upper bound.
 
     Args:
         ownership: who writes how many bytes of what.
@@ -109,18 +109,12 @@ def schedule_bottleneck(
         for step in range(max(cycles, default=0)):
             np.maximum(highest, sum(loads[cycle][step] for cycle in cycles if cycle > step), out=highest)
         return int((ownership.dense + highest).max(initial=0))
-    total = ownership.dense.copy()
-    for group in coprime_groups(cycles):
-        members = [cycles[index] for index in group]
-        period = math.lcm(*members)
-        if period > MAX_PERIOD:
-            total += sum(loads[cycle].max(axis=0) for cycle in members)
-            continue
-        highest[:] = 0
-        for step in range(period):
-            np.maximum(highest, sum(loads[cycle][step % cycle] for cycle in members), out=highest)
-        total += highest
-    return int(total.max(initial=0))
+    common = meeting_modulus(cycles)
+    common = common if common <= MAX_PERIOD else 1
+    folded = [fold(loads[cycle], common) for cycle in cycles]
+    for residue in range(common):
+        np.maximum(highest, sum(part[residue % len(part)] for part in folded), out=highest)
+    return int((ownership.dense + highest).max(initial=0))
 
 
 def _loads_by_cycle(ownership: Ownership, windows: Sequence[Sequence[Sequence[int]]]) -> dict[int, _Ints]:

@@ -60,8 +60,8 @@ class ZeroSettings:
 
     Attributes:
         stage: ZeRO stage: 0, 1 or 2.
-        bf16_optimizer: BF16_Optimizer holds the state (stage 1, bf16, fp32 gradient accumulation, no offload). It knows
-            neither of the next two.
+        bf16_optimizer: BF16_Optimizer holds the state (stage 1, bf16, fp32 gradient accumulation, no offload; in
+            DeepSpeed 0.17 also stage 0 with bf16). It knows neither of the next two.
         round_robin: `round_robin_gradients`.
         parameter_alignment: `zero_optimization.parameter_alignment`.
         kinds: state kinds with their dtypes, `master` included.

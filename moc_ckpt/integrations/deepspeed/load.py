@@ -27,7 +27,7 @@ from moc_ckpt.state.catalog import Catalog, dtype_name
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, apply_scalars, index_scalars
-from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer, UnitMap
+from moc_ckpt.state.unit import MoELayer, UnitMap
 from moc_ckpt.storage.checkpoint import manifest_key, read_extra
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
@@ -134,12 +134,11 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         trust=moc.config.recovery.trust_client_state,
         where=store.locate(manifest.extra[CLIENT_STATE].path),
     )
-    # Of an expert of an older version nobody knows any more whether its stored weights could be derived.
-    older = {unit.name for unit in manifest.units if unit.step != manifest.step}
-    units = UnitMap(catalog.layers)
-    underived = set(state["underived"]) | {
-        shard.fqn for shard in catalog.shards if EXPERTS_MARK in shard.fqn and units.unit_of(shard.fqn) in older
-    }
+    # Of an expert of an older version nobody knows any more whether its stored weights could be derived, and where its
+    # replicas have different buffers each rank's own are of the checkpoint's step: it gets the version's.
+    earlier = _earlier(manifest)
+    underived = set(state["underived"]) | {shard.fqn for shard in catalog.shards if shard.fqn in earlier}
+    rank_state["buffers"] = {fqn: value for fqn, value in rank_state["buffers"].items() if fqn not in earlier}
     needs = _needs(catalog, tensors, skipped, underived, with_optimizer=with_optimizer)
     module: dict[str, torch.Tensor] = {}
     if surgery:
@@ -156,6 +155,13 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
     return _Prepared(
         catalog, with_optimizer, skipped, tuple(needs), plan, records, state, rank_state, client_state, module
     )
+
+
+def _earlier(manifest: Manifest) -> set[str]:
+    """Returns the parameters and buffers of experts that are from before the checkpoint's own step."""
+    units = {index for index, unit in enumerate(manifest.units) if unit.step != manifest.step}
+    rows = zip(manifest.fragments.unit, manifest.fragments.tensor, strict=True) if units else ()
+    return {manifest.tensors[tensor].fqn for unit, tensor in rows if unit in units}
 
 
 def _needs(

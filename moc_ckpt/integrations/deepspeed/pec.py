@@ -216,6 +216,9 @@ class PartialExperts:
 
     def _raise_k(self) -> None:
         config = self._config
+        if not config.dynamic_k:
+            # The run that saved may have had it.
+            self.ledger = replace(self.ledger, floor=0)
         if not config.dynamic_k or self._scalar_k is None:
             return
         present, most = max(self._scalar_k, self.ledger.floor), max(self._experts)

@@ -88,7 +88,8 @@ class MocCheckpoint:
         self._restored: dict[str, tuple[int, int]] = {}
         self.pec: PartialExperts = self.comm.agree("hooking the gates", self._build_pec, wait="rendezvous")
         self.report = Reporter(engine, self.pec, self.comm.rank)
-        # On rank 0: what every expert consists of, the last commit into each directory, and what the next builds on.
+        # On rank 0: what every expert consists of, the checkpoint of each directory that the state comes from (its last
+        # commit or restore), and what the next one builds on.
         self._required: dict[str, UnitTensors] = {}
         self._committed: dict[str, Manifest] = {}
         self._base: tuple[Manifest, ...] = ()
@@ -192,8 +193,11 @@ class MocCheckpoint:
         self.engine.loaded_checkpoint_mp_world_size = 1
         # Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
         self._attempts.clear()
-        self._restored = {} if load_module_only else {store.url: (manifest.attempt, manifest.step)}
-        self._committed.clear()
+        # Unless all of its state was taken over: older versions of the experts are then none of what is trained now.
+        whole = load_optimizer_states and not load_module_only and custom_load_fn is None
+        self._restored = {store.url: (manifest.attempt, manifest.step)} if whole else {}
+        # The next save builds on this very checkpoint: another one may have later versions than the state has now.
+        self._committed = {store.url: manifest} if whole and self.comm.rank == 0 else {}
         self.underived = frozenset()
         self._underived_step = -1
         self.pec.restored(manifest, None if load_module_only else store.url)
