@@ -27,11 +27,12 @@ _SEARCH_WORK_PER_EXPERT = 6_000
 _TREE_WORK = 60_000_000
 _TREE_NODES = 20_000
 _NODE_WORK = 3000
-_TREE_EXPERTS = 64  # beyond this many a tree of all ranks has never ended
-_CLOSE = 1000  # large problems: one part in this many is not worth further starts
-_RANK_EXPERTS = 256
+_TREE_EXPERTS = 64  # with more, a tree over all ranks hardly ever ends
 _DIVE = 4  # nodes per expert
 _RANK_WORK = 5_000_000
+_RANK_EXPERTS = 256
+_LAYER_WORK = 1000
+_CLOSE = 1000  # of the bound: in a large problem less than this part is not worth another start
 
 
 @dataclass(slots=True)
@@ -208,6 +209,7 @@ def _prove_ranks(state: _State, bounds: _Ints) -> None:
     for rank in np.argsort(-bounds, kind="stable").tolist():
         if state.done or left <= 0:
             return
+        left -= _LAYER_WORK * len(problem.layers)
         layers = [_only(layer, rank) for layer in problem.layers]
         layers = [layer for layer in layers if layer.size]
         shares = [(layer.cycle, layer.limit, tuple(sorted(layer.table[:, 0].tolist()))) for layer in layers]
@@ -226,7 +228,7 @@ def _prove_rank(state: _State, layers: list[Layer], base: _Ints, work: int) -> i
     each = _node_work(layers, 1, period)
     nodes = limit = min(work // each, _TREE_NODES)
     if experts > _RANK_EXPERTS or limit < 3 * experts:
-        return _NODE_WORK
+        return 0
     # First whether it reaches the bound, as most do: then it cannot raise it. If not, from the best schedule downwards.
     cap, below = state.bound, state.peak
     while nodes > 0:
@@ -264,12 +266,12 @@ def _prove_all(state: _State) -> None:
 
 
 def _dive(state: _State, cap: int, work: int) -> bool:
-    """Looks for a schedule with no load above `cap` near the tree's first path; returns whether there is one.
+    """Looks for a schedule with no load above `cap` near the tree's first path; returns whether it found one.
 
     Placing the experts that have the fewest windows left first gets through tight cases where local search is stuck.
     """
-    if len(state.grids) != 1:
-        return False
+    if state.done or len(state.grids) != 1:
+        return state.done
     grid = state.grids[0]
     experts = sum(layer.size for layer in grid.layers)
     nodes = min(_DIVE * experts, work // _node_work(grid.layers, grid.world, grid.period))

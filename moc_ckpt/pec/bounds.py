@@ -148,7 +148,7 @@ def rank_bounds(problem: Problem) -> _Ints:
     work = 0
     for rank in order:
         owned = [_owned(problem, group, rank) for group in groups]
-        work += sum(len(layer.shares) for group in owned for layer in group)
+        work += len(problem.layers) + sum(len(layer.shares) for group in owned for layer in group)
         if work > _MAX_WORK:
             break
         total = 0
@@ -181,7 +181,6 @@ def _repeating(layers: Sequence[_Owned]) -> int:
         return 0
     cycles = sorted({layer.cycle for layer in layers})
     period = math.lcm(*cycles)
-    best = 0
     # Some step has the largest share of a layer, and at least the forced bytes of all other layers.
     least = sum(layer.least for layer in layers)
     best = max(layer.tops + least - layer.least for layer in layers)

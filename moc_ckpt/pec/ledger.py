@@ -51,8 +51,6 @@ class Ledger:
         processed: per layer, [experts] cumulative tokens processed.
         lost: per layer, [experts] cumulative tokens lost.
         routed: per layer, cumulative assignments (tokens * top-k), drops included.
-        interval: per layer, tokens processed between the last two saves.
-        marked: per layer, tokens processed up to the last save.
         recoveries: all recoveries of this timeline, the oldest first.
         floor: what Dynamic-K demands at least; 0 for nothing.
         total_tokens: tokens of the whole training, where the user gave them.
@@ -62,8 +60,6 @@ class Ledger:
     processed: _PerExpert
     lost: _PerExpert
     routed: tuple[int, ...]
-    interval: tuple[int, ...]
-    marked: tuple[int, ...]
     recoveries: tuple[Recovery, ...] = ()
     floor: int = 0
     total_tokens: float | None = None
@@ -79,7 +75,7 @@ class Ledger:
         """
         zeros = tuple(np.zeros(count, dtype=np.int64) for count in experts)
         none = (0,) * len(experts)
-        return cls(tuple(top_k), zeros, zeros, none, none, none, total_tokens=total_tokens)
+        return cls(tuple(top_k), zeros, zeros, none, total_tokens=total_tokens)
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -125,13 +121,6 @@ class Ledger:
             routed=tuple(old + int(more) for old, more in zip(self.routed, routed, strict=True)),
         )
 
-    def mark_save(self) -> Ledger:
-        """Returns the ledger after a save, which ends an interval."""
-        totals = tuple(int(counts.sum()) for counts in self.processed)
-        interval = tuple(now - before for now, before in zip(totals, self.marked, strict=True))
-        # Two saves at one step say nothing about the distance between saves.
-        return replace(self, marked=totals, interval=interval if any(interval) else self.interval)
-
     def recover(self, learnt: Sequence[Sequence[int | None]], *, attempt: int, step: int) -> Ledger:
         """Returns the ledger after a restore.
 
@@ -139,7 +128,7 @@ class Ledger:
 
         Args:
             learnt: per layer, for each expert the `learnt` that its restored version carries; None if that version
-                is the dense state's own or carries none.
+                is of the dense state's own step.
             attempt: attempt that saved the dense state.
             step: its step.
         """
@@ -153,10 +142,15 @@ class Ledger:
         found = replace(self, lost=tuple(lost), recoveries=(*self.recoveries, record))
         return replace(found, recoveries=(*self.recoveries, replace(record, plt=found.plt)))
 
-    def forecast(self, k: int) -> float:
-        """Returns the PLT that the next fault is expected to add at K = `k`, at the present distance of saves."""
+    def forecast(self, k: int, interval: Sequence[float]) -> float:
+        """Returns the PLT that the next fault is expected to add.
+
+        Args:
+            k: experts saved per layer and checkpoint.
+            interval: tokens that each layer processes between two saves.
+        """
         factors = [(-(-count // max(k, 1)) - 1) / 2 for count in self.experts]
-        return self._plt([factor * tokens for factor, tokens in zip(factors, self.interval, strict=True)])
+        return self._plt([factor * tokens for factor, tokens in zip(factors, interval, strict=True)])
 
     def to_data(self) -> dict[str, Any]:
         """Returns plain data for a manifest."""
@@ -165,8 +159,6 @@ class Ledger:
             "processed": [counts.tolist() for counts in self.processed],
             "lost": [counts.tolist() for counts in self.lost],
             "routed": list(self.routed),
-            "interval": list(self.interval),
-            "marked": list(self.marked),
             "recoveries": [
                 {"attempt": item.attempt, "step": item.step, "lost": list(item.lost), "plt": item.plt}
                 for item in self.recoveries
@@ -192,8 +184,6 @@ class Ledger:
                 processed=tuple(np.array(counts, dtype=np.int64) for counts in data["processed"]),
                 lost=tuple(np.array(counts, dtype=np.int64) for counts in data["lost"]),
                 routed=tuple(int(count) for count in data["routed"]),
-                interval=tuple(int(count) for count in data["interval"]),
-                marked=tuple(int(count) for count in data["marked"]),
                 recoveries=tuple(
                     Recovery(int(item["attempt"]), int(item["step"]), tuple(map(int, item["lost"])), float(item["plt"]))
                     for item in data["recoveries"]
@@ -207,7 +197,7 @@ class Ledger:
                 where="manifest.json, ledger",
                 fix="it was written by another version; load with the version that wrote it",
             ) from error
-        lengths = {len(column) for column in (found.top_k, found.lost, found.routed, found.interval, found.marked)}
+        lengths = {len(column) for column in (found.top_k, found.lost, found.routed)}
         if lengths != {len(found.processed)} or [len(x) for x in found.lost] != [len(x) for x in found.processed]:
             raise FormatError("the ledger of the checkpoint is not consistent", where="manifest.json, ledger")
         return found

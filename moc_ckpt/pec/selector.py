@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moc_ckpt.errors import FormatError
+from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.rotation import Experts, Rotation, advance
 from moc_ckpt.pec.selection import load_aware
@@ -17,6 +18,9 @@ from moc_ckpt.pec.selection import load_aware
 __all__ = ["Method", "SaveHistory", "Selection", "select"]
 
 _Ints = npt.NDArray[np.int64]
+
+# Distances between saves that `interval` is the mean of, and one.
+_MARKS = 17
 
 Method = Literal["sequential", "load_aware", "full"]
 
@@ -29,11 +33,13 @@ class SaveHistory:
         rotation: where each layer is in its cycle.
         ages: per layer, [experts] saves since each expert was saved; 0 if it was in the last one.
         saved: per layer, [experts] the `learnt` tokens of each expert's newest saved version.
+        marks: for each of the last saves, the oldest first: tokens that each layer had processed.
     """
 
     rotation: Rotation
     ages: tuple[_Ints, ...]
     saved: tuple[_Ints, ...]
+    marks: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def start(cls, experts: Sequence[int]) -> SaveHistory:
@@ -41,12 +47,24 @@ class SaveHistory:
         zeros = tuple(np.zeros(count, dtype=np.int64) for count in experts)
         return cls(Rotation(), zeros, zeros)
 
+    @property
+    def interval(self) -> tuple[float, ...]:
+        """Tokens that each layer processes between two saves, the mean over the last ones; zeros while unknown.
+
+        A mean, because a rotation takes as many saves whatever the distance of each is.
+        """
+        if len(self.marks) < 2:
+            return (0.0,) * len(self.ages)
+        first, last = self.marks[0], self.marks[-1]
+        return tuple((new - old) / (len(self.marks) - 1) for old, new in zip(first, last, strict=True))
+
     def to_data(self) -> dict[str, Any]:
         """Returns plain data for a manifest."""
         return {
             "rotation": self.rotation.to_data(),
             "ages": [ages.tolist() for ages in self.ages],
             "saved": [saved.tolist() for saved in self.saved],
+            "marks": [list(mark) for mark in self.marks],
         }
 
     @classmethod
@@ -63,6 +81,7 @@ class SaveHistory:
         try:
             ages = tuple(np.array(values, dtype=np.int64) for values in data["ages"])
             saved = tuple(np.array(values, dtype=np.int64) for values in data["saved"])
+            marks = tuple(tuple(int(count) for count in mark) for mark in data["marks"])
             rotation = data["rotation"]
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
@@ -75,7 +94,9 @@ class SaveHistory:
                     f"the save history is of layers of {tuple(map(len, column))} experts, not {tuple(experts)}",
                     where="manifest.json, ledger",
                 )
-        return cls(Rotation.from_data(rotation, experts), ages, saved)
+        if any(len(mark) != len(experts) for mark in marks):
+            raise FormatError("the save history is not consistent", where="manifest.json, ledger")
+        return cls(Rotation.from_data(rotation, experts), ages, saved, marks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +105,12 @@ class Selection:
 
     Attributes:
         experts: per layer, ascending.
+        k: how many of each layer were to be taken.
         after: the history once the save is committed; the old one stays valid if it is not.
     """
 
     experts: Experts
+    k: tuple[int, ...]
     after: SaveHistory
 
     @property
@@ -98,7 +121,7 @@ class Selection:
 
 def select(
     history: SaveHistory,
-    learnt: Sequence[_Ints],
+    ledger: Ledger,
     ownership: Ownership,
     method: Method,
     k: Sequence[int],
@@ -108,21 +131,21 @@ def select(
 
     Args:
         history: what this directory's saves have taken so far.
-        learnt: per layer, [experts] tokens that the live state has learnt (`Ledger.learnt`).
+        ledger: what the live state has learnt.
         ownership: who writes what.
         method: `sequential`, `load_aware` or `full`.
         k: K of each layer, from 1 to its number of experts.
         forced: (layer, expert) of those that the directory does not have in a version that may be used
             (invariant I5); they are taken in any case.
     """
-    counts = ownership.experts
+    counts, learnt = ownership.experts, ledger.learnt
     rotation = history.rotation
     everything = tuple(tuple(range(count)) for count in counts)
     must = set(forced)
     chosen: Experts
     if method == "full" or tuple(k) == counts or len(must) == sum(counts):
         # Everybody is up to date after it, so the rotation has nothing to do and stays where it is.
-        chosen = everything
+        chosen, k = everything, counts
     else:
         if method == "load_aware":
             unsaved = [now - then for now, then in zip(learnt, history.saved, strict=True)]
@@ -140,4 +163,7 @@ def select(
         tokens[list(experts)] = learnt[layer][list(experts)]
         ages.append(age)
         saved.append(tokens)
-    return Selection(chosen, SaveHistory(rotation, tuple(ages), tuple(saved)))
+    mark = tuple(int(tokens.sum()) for tokens in ledger.processed)
+    # Two saves at one step say nothing about the distance between saves.
+    marks = history.marks if mark in history.marks[-1:] else (*history.marks, mark)[-_MARKS:]
+    return Selection(chosen, tuple(k), SaveHistory(rotation, tuple(ages), tuple(saved), marks))

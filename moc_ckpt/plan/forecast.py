@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.pec.k_values import AUTO, K, check_k, layer_k
-from moc_ckpt.pec.ledger import expected_plt
+from moc_ckpt.pec.ledger import Ledger, expected_plt
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.schedule import CyclePlan, cycle_length, plan_cycle, schedule_bottleneck
 from moc_ckpt.pec.selection import fill
@@ -333,11 +333,12 @@ class _World:
     def _load_aware(self, k: tuple[int, ...], cycle: int) -> Iterator[_Ints]:
         """Yields the experts of the saves of one cycle, after a first one, if all experts get equal loads."""
         offsets = np.array(self._sole.offsets[:-1])
-        history = SaveHistory.start(self._experts)
+        history, ledger = SaveHistory.start(self._experts), Ledger.start(self._experts, [1] * len(self._experts))
+        each = [np.ones(count, dtype=np.int64) for count in self._experts]
         cycle = min(cycle, _MAX_STEPS)
         for number in range(1, 2 * cycle + 1):
-            learnt = [np.full(count, number, dtype=np.int64) for count in self._experts]
-            chosen = select(history, learnt, self.even, "load_aware", k)
+            ledger = ledger.add(each, self._experts)
+            chosen = select(history, ledger, self.even, "load_aware", k)
             history = chosen.after
             if number > cycle:
                 yield np.array([offsets[layer] + expert for layer, expert in chosen.places], dtype=np.int64)

@@ -41,7 +41,7 @@ class TensorSpec:
         expert: GLOBAL id of its expert; None outside experts.
         dtype: of the weight itself, as DeepSpeed casts it.
         is_buffer: a persistent buffer.
-        frozen: a parameter without gradient. With a group it has state all the same (DeepSpeed 0.17, 16 bit, stage 0).
+        frozen: a parameter without gradient. With a group it has state all the same (DeepSpeed 0.17, fp16, stage 0).
     """
 
     fqn: str

@@ -124,25 +124,36 @@ def open_base(
                 continue
             if unit.name not in versions or unit.version > versions[unit.name][0]:
                 versions[unit.name] = (unit.version, manifest)
+    present = [(layer.ordinal, layer.prefix, layer.num_experts) for layer in layers]
+    same = [
+        [(item.ordinal, item.prefix, item.num_experts) for item in source.moe_layers] == present for source in manifests
+    ]
+    if not all(same):
+        # Units are known by the number of their layer, so those of another model mean other experts.
+        names = tuple(sorted(required))
+        return Base((), _places(names), {"the older checkpoints are of other MoE layers": names})
     lost = _lost_packs(store, manifests)
     changed: list[str] = []
     gone: list[str] = []
     for manifest in manifests:
-        mine = {name for name, (_, source) in versions.items() if source is manifest}
+        own = {name for name, (_, source) in versions.items() if source is manifest}
         stored = unit_tensors(manifest.declared(), layers)
-        changed += sorted(name for name in mine if not _alike(stored.get(name, {}), required[name]))
+        changed += sorted(name for name in own if not _alike(stored.get(name, {}), required[name]))
         gone += sorted(
             {manifest.units[row.unit].name for row in manifest.fragments if manifest.packs[row.pack].path in lost}
-            & mine
+            & own
         )
     unusable = {*changed, *gone}
     forced = {name for name in required if name not in versions or name in unusable}
-    places = frozenset(place for place in map(parse_expert_unit, forced) if place is not None)
     reasons = {
         "their packs are gone or damaged": tuple(gone),
         "they consist of other tensors now": tuple(name for name in changed if name not in set(gone)),
     }
-    return Base(tuple(manifests), places, {reason: names for reason, names in reasons.items() if names})
+    return Base(tuple(manifests), _places(forced), {reason: names for reason, names in reasons.items() if names})
+
+
+def _places(units: Iterable[str]) -> frozenset[tuple[int, int]]:
+    return frozenset(place for place in map(parse_expert_unit, units) if place is not None)
 
 
 def _alike(stored: UnitTensors, required: UnitTensors) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from moc_ckpt.errors import StaleAttemptError, StorageError
+from moc_ckpt.errors import CorruptionError, StaleAttemptError, StorageError
 from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
 from moc_ckpt.storage.base import find_base
 from moc_ckpt.storage.checkpoint import (
@@ -22,6 +22,7 @@ from moc_ckpt.storage.checkpoint import (
     load_manifest,
     manifest_key,
     read_parts,
+    save_prefix,
 )
 from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Part, Topology, encode_manifest
 from moc_ckpt.storage.merge import merge_parts, missing_experts
@@ -47,6 +48,7 @@ def commit(
     ledger: dict[str, Any] | None = None,
     base: Sequence[Manifest] | None = None,
     selected: Collection[str] | None = None,
+    checked: bool = False,
     timeout_s: float = 60.0,
 ) -> Manifest:
     """Publishes a save whose parts are all there.
@@ -68,6 +70,7 @@ def commit(
         base: older checkpoints to take those experts from that no part holds; None: as many of this directory as
             needed, the newest commit first.
         selected: expert units that this save took; none of them comes from an older checkpoint. None leaves it open.
+        checked: the packs of `base` have been looked at for this save (`open_base`); only its own are.
         timeout_s: seconds to wait for the lock.
 
     Returns:
@@ -106,7 +109,7 @@ def commit(
             selected=selected,
         )
         manifest = msgspec.structs.replace(manifest, kept=not save_latest)
-        _check_files(store, manifest)
+        _check_files(store, manifest, own_only=checked)
         store.write(manifest_key(tag), encode_manifest(manifest))
         if save_latest:
             store.write(LATEST, tag.encode())
@@ -166,8 +169,10 @@ def _check_timeline(store: Store, parts: Sequence[Part], attempt: int, line: lis
             )
 
 
-def _check_files(store: Store, manifest: Manifest) -> None:
+def _check_files(store: Store, manifest: Manifest, *, own_only: bool) -> None:
     """Checks that every file the manifest needs is there with the right size."""
+    own = save_prefix(manifest.tag, manifest.save_id) + "/"
+    packs = [pack for pack in manifest.packs if not own_only or pack.path.startswith(own)]
     for extra in manifest.extra.values():
         if not store.exists(extra.path):
             raise StorageError(
@@ -176,5 +181,12 @@ def _check_files(store: Store, manifest: Manifest) -> None:
                 fix="check that all nodes mount the same directory",
             )
     with ThreadPoolExecutor(_CHECKS_AT_ONCE, thread_name_prefix="moc-commit") as workers:
-        for _ in workers.map(lambda pack: PackReader(store, pack.path, pack.nbytes).check(), manifest.packs):
-            pass
+        try:
+            for _ in workers.map(lambda pack: PackReader(store, pack.path, pack.nbytes).check(), packs):
+                pass
+        except CorruptionError as error:
+            raise CorruptionError(
+                error.what,
+                where=error.where,
+                fix="no checkpoint was committed; save again: what older checkpoints have lost is then saved anew",
+            ) from error

@@ -76,7 +76,7 @@ class UnitRecord(msgspec.Struct, frozen=True):
         name: e.g. `expert/0/3` or `dense/h.0.mlp`.
         attempt: attempt that produced the bytes.
         step: engine.global_steps that they are from.
-        tokens: cumulative tokens of the expert at that step (the ledger's C); None for dense units.
+        tokens: what the expert had learnt at that step, in tokens (`pec.ledger`); None for dense units.
     """
 
     name: str

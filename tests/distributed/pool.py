@@ -125,6 +125,8 @@ def worker_env(**extra: str) -> dict[str, str]:
         TOKENIZERS_PARALLELISM="false",
         TORCH_CPP_LOG_LEVEL="ERROR",
         DISABLE_LOGS_WHILE_COMPILING="0",
+        # The same ninja as in this process: another version would build DeepSpeed's kernels anew.
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         PYTHONPATH=os.pathsep.join(
             [str(ROOT), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])],
         ),

@@ -288,6 +288,35 @@ def test_ledger_over_restarts_and_resizes(pool: Pool, ckpt_dir: str) -> None:
     assert all(0 < one < 1 for one in plt)
 
 
+# -------------------------------------------------------------------------------------------- load-aware
+
+
+def case_busiest(ctx: Any, path: str, saves: int) -> list[str]:
+    """Before anyone's time has come, a load-aware save takes those with the most unsaved tokens."""
+    row, wrong = zoo.ROWS["z1_bf16"], []
+    engine = build(ctx, row, 2, selection="load_aware")
+    gates = Gates(ctx, engine)
+    unsaved: dict[Place, int] = {(layer, expert): 0 for layer in range(2) for expert in range(4)}
+    for number in range(saves):
+        for _ in range(1 + number):
+            kept, _ = gates.train(data_seed=7)
+            for layer, expert in unsaved:
+                unsaved[layer, expert] += kept[layer][expert]
+        engine.save_checkpoint(path)
+        took = written(manifest(path))
+        for layer in range(2):
+            mine = [unsaved[place] for place in took if place[0] == layer]
+            others = [tokens for place, tokens in unsaved.items() if place[0] == layer and place not in took]
+            if number and not (len(mine) == len(others) == 2 and min(mine) >= max(others)):
+                wrong.append(f"save {number}, layer {layer}: {unsaved}, took {took}")
+        unsaved.update(dict.fromkeys(took, 0))
+    return wrong
+
+
+def test_load_aware_takes_the_busiest(pool: Pool, ckpt_dir: str) -> None:
+    assert pool.run(4, case_busiest, path=ckpt_dir, saves=4, deadline=DEADLINE) == [[]] * 4
+
+
 # ------------------------------------------------------------------------------------------------ Dynamic-K
 
 

@@ -46,7 +46,6 @@ def test_losses_are_those_of_remembered_tokens(rounds):
                 experts[layer][expert].learnt |= set(range(serial, serial + count))
                 serial += count
         ledger = ledger.add(tokens, [sum(t) + d for t, d in zip(tokens, dropped, strict=True)])
-        ledger = ledger.mark_save()
         for layer, group in enumerate(experts):
             for expert, item in enumerate(group):
                 if first or expert in selected[layer]:
@@ -71,7 +70,7 @@ def test_losses_are_those_of_remembered_tokens(rounds):
 
 
 def test_equation_seven_by_hand():
-    ledger = Ledger.start((2, 2), (1, 2)).add([[60, 40], [120, 80]], [100, 200]).mark_save()
+    ledger = Ledger.start((2, 2), (1, 2)).add([[60, 40], [120, 80]], [100, 200])
     ledger = ledger.recover([[50, None], [120, 60]], attempt=3, step=7)
     assert ledger.recoveries[0].lost == (10, 20)
     assert ledger.plt == pytest.approx((10 / 100 + 20 / 200) / 2)
@@ -80,14 +79,14 @@ def test_equation_seven_by_hand():
 
 
 def test_a_version_that_is_ahead_costs_nothing_and_counts_from_there():
-    ledger = Ledger.start((1,), (1,)).add([[9]], [9]).mark_save().recover([[5]], attempt=1, step=1)
+    ledger = Ledger.start((1,), (1,)).add([[9]], [9]).recover([[5]], attempt=1, step=1)
     ledger = ledger.add([[1]], [1]).recover([[9]], attempt=1, step=2)
     assert [item.lost for item in ledger.recoveries] == [(4,), (0,)]
     assert ledger.learnt[0].tolist() == [9]
 
 
 def test_the_same_restore_again_loses_the_same_once():
-    data = Ledger.start((2,), (1,)).add([[10, 10]], [20]).mark_save().to_data()
+    data = Ledger.start((2,), (1,)).add([[10, 10]], [20]).to_data()
     for _ in range(3):  # each time from the same checkpoint: what came after it is gone with the process
         ledger = Ledger.from_data(data).recover([[10, 4]], attempt=1, step=3)
         assert ledger.recoveries[-1].lost == (6,)
@@ -117,15 +116,11 @@ def test_forecast_is_the_mean_over_fault_times(experts, k, interval, saves):
     assert expected_plt((experts,), k, interval, interval * (saves + cycle)) == pytest.approx(want)
 
 
-def test_forecast_of_the_ledger_uses_the_measured_interval():
-    ledger = Ledger.start((8, 4), (1, 1))
-    for _ in range(5):
-        ledger = ledger.add([[5] * 8, [10] * 4], [40, 40]).mark_save()
-    assert ledger.interval == (40, 40)
-    assert ledger.mark_save().interval == (40, 40)  # saving twice at one step is no interval
-    assert ledger.forecast(1) == pytest.approx((3.5 * 40 / 200 + 1.5 * 40 / 200) / 2)
-    assert ledger.forecast(4) == pytest.approx((0.5 * 40 / 200 + 0) / 2)
-    assert ledger.forecast(8) == 0
+def test_forecast_of_the_ledger():
+    ledger = Ledger.start((8, 4), (1, 1)).add([[25] * 8, [50] * 4], [200, 200])
+    assert ledger.forecast(1, (40, 40)) == pytest.approx((3.5 * 40 / 200 + 1.5 * 40 / 200) / 2)
+    assert ledger.forecast(4, (40, 20)) == pytest.approx((0.5 * 40 / 200 + 0) / 2)
+    assert ledger.forecast(8, (40, 40)) == 0
 
 
 def linear(rate, experts):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moc_ckpt.errors import ConfigError, FormatError
 from moc_ckpt.pec.k_values import check_k, layer_k
+from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.rotation import Rotation, advance
 from moc_ckpt.pec.selection import Held, choose_persist, fill, load_aware
@@ -200,7 +201,7 @@ def test_every_expert_is_persisted_within_its_cycle_from_memory():
 
 def test_select_counts_and_forces():
     ownership = Ownership.from_rows((4,), 1, [(0, e, 0, 1) for e in range(4)])
-    history, learnt = SaveHistory.start((4,)), (np.array([5, 6, 7, 8]),)
+    history, learnt = SaveHistory.start((4,)), Ledger.start((4,), (1,)).add([[5, 6, 7, 8]], [26])
     first = select(history, learnt, ownership, "sequential", (1,), {(0, e) for e in range(4)})
     assert first.experts == ((0, 1, 2, 3),)
     assert first.after.rotation == Rotation()  # everybody is fresh: the rotation has not moved
@@ -211,9 +212,26 @@ def test_select_counts_and_forces():
     data = second.after.to_data()
     back = SaveHistory.from_data(data, (4,))
     assert back.to_data() == data
-    for broken in ({**data, "ages": [[1, 2]]}, {**data, "saved": None}, {"ages": [], "saved": []}):
+    for broken in (
+        {**data, "ages": [[1, 2]]},
+        {**data, "saved": None},
+        {**data, "marks": [[1, 2]]},
+        {"ages": [], "saved": []},
+    ):
         with pytest.raises(FormatError):
             SaveHistory.from_data(broken, (4,))
+
+
+def test_interval_is_the_mean_distance_of_the_directory():
+    """A save every 1000 tokens and a best model 10 tokens later: a cycle of n saves is n / 2 times 1000 tokens long."""
+    ownership = Ownership.from_rows((4,), 1, [(0, e, 0, 1) for e in range(4)])
+    history, ledger = SaveHistory.start((4,)), Ledger.start((4,), (1,))
+    assert history.interval == (0.0,)
+    for number in range(41):
+        ledger = ledger.add([[10 if number % 2 else 990, 0, 0, 0]], [10 if number % 2 else 990])
+        history = select(history, ledger, ownership, "sequential", (1,)).after
+        assert select(history, ledger, ownership, "sequential", (1,)).after.marks == history.marks
+    assert history.interval == (500.0,)
 
 
 def test_k_of_each_layer():

@@ -19,6 +19,7 @@ from moc_ckpt.integrations.deepspeed.engine_state import (
     restore_schedulers,
 )
 from moc_ckpt.integrations.deepspeed.match import check_model
+from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, STATE, rank_file
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
@@ -50,6 +51,14 @@ class LoadRequest:
     module_only: bool
     custom_load_fn: Callable[..., Any] | None
 
+    @property
+    def continues(self) -> bool:
+        """Tells whether all state is taken over, so that the run goes on where the checkpoint was saved.
+
+        Otherwise older versions of the experts are none of what is trained from then on.
+        """
+        return self.optimizer_states and not self.module_only and self.custom_load_fn is None
+
 
 @dataclass(frozen=True, slots=True)
 class _Need:
@@ -73,13 +82,16 @@ class _Prepared:
     rank_state: Mapping[str, Any]
     client_state: dict[str, Any]
     module: dict[str, torch.Tensor]
+    experts: Restored | None
 
 
-def load(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> dict[str, Any]:
+def load(
+    moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest
+) -> tuple[dict[str, Any], Restored | None]:
     """Restores the engine from a manifest; collective.
 
     Returns:
-        The caller's client_state.
+        The caller's client_state, and what the checkpoint says about its experts.
 
     Raises:
         MocError: on every rank if anything failed on any rank. Up to the last byte that is read and checked the
@@ -95,11 +107,13 @@ def load(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequ
     digests = comm.exchange("preparing to load", prepare, wait="commit")
     prepared = box[0]
     values = comm.agree("reading the checkpoint", lambda: _stage(store, manifest, prepared))
+    # From here on the live state is neither the old one nor the new one, should anything fail.
+    moc.forget()
     comm.agree("restoring", lambda: _apply(moc, prepared, values, request))
     if request.custom_load_fn is None or (prepared.with_optimizer and moc.view.partitioned):
         moc.view.derive_weights()
     comm.agree("finishing the restore", lambda: _finish(moc, manifest, prepared, values, request, digests))
-    return prepared.client_state
+    return prepared.client_state, prepared.experts
 
 
 def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> _Prepared:
@@ -153,7 +167,17 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         needs += _module_needs(moc, manifest, tensors, module)
     plan = resolve(tensors, [need.fragment for need in needs])
     return _Prepared(
-        catalog, with_optimizer, skipped, tuple(needs), plan, records, state, rank_state, client_state, module
+        catalog,
+        with_optimizer,
+        skipped,
+        tuple(needs),
+        plan,
+        records,
+        state,
+        rank_state,
+        client_state,
+        module,
+        moc.pec.read(manifest),
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from moc_ckpt.config import MocConfig
+from moc_ckpt.errors import UnsupportedError
 from moc_ckpt.integrations.deepspeed.token_counts import TokenCounter
 from moc_ckpt.pec.dynamic_k import lower_k, raise_k
 from moc_ckpt.pec.k_values import AUTO, check_k, layer_k
@@ -20,7 +22,7 @@ from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.unit import MoELayer, expert_unit, parse_expert_unit
 from moc_ckpt.storage.manifest import Manifest
 
-__all__ = ["OwnedBytes", "PartialExperts", "owned_bytes"]
+__all__ = ["OwnedBytes", "PartialExperts", "Restored", "owned_bytes"]
 
 logger = logging.getLogger("moc_ckpt")
 
@@ -30,13 +32,13 @@ class OwnedBytes(NamedTuple):
 
     Attributes:
         sole: (layer, expert, rank, bytes) of what only this rank holds.
-        shared: the same for what it is the first of several holders of, spread evenly over them.
+        shared: (layer, expert, holders) -> bytes of what it is the first of several holders of.
         dense: bytes of dense state that only this rank holds.
-        shared_dense: (rank, bytes) of dense state that it is the first of several holders of, spread evenly.
+        shared_dense: holders -> bytes of dense state that it is the first of several holders of.
     """
 
     sole: list[tuple[int, int, int, int]]
-    shared: list[tuple[int, int, int, int]]
+    shared: dict[tuple[int, int, tuple[int, ...]], int]
     dense: int
     shared_dense: dict[tuple[int, ...], int]
 
@@ -60,17 +62,19 @@ def owned_bytes(catalog: Catalog) -> OwnedBytes:
             else:
                 key = (*place, entry.holders)
                 shared[key] = shared.get(key, 0) + nbytes
-    spread = [
-        (layer, expert, rank, share)
-        for (layer, expert, holders), nbytes in shared.items()
-        for rank, share in _evenly(nbytes, holders)
-    ]
-    return OwnedBytes([(*place, catalog.rank, nbytes) for place, nbytes in sole.items()], spread, dense, shared_dense)
+    return OwnedBytes([(*place, catalog.rank, nbytes) for place, nbytes in sole.items()], shared, dense, shared_dense)
 
 
 def _evenly(nbytes: int, ranks: Sequence[int]) -> list[tuple[int, int]]:
     share, rest = divmod(nbytes, len(ranks))
     return [(rank, share + (place < rest)) for place, rank in enumerate(ranks)]
+
+
+class Restored(NamedTuple):
+    """What a checkpoint says about the experts: the ledger with the loss of its restore, and the saves so far."""
+
+    ledger: Ledger
+    history: SaveHistory
 
 
 class PartialExperts:
@@ -96,9 +100,19 @@ class PartialExperts:
         self._config = config
         self._experts = tuple(layer.num_experts for layer in layers)
         check_k(config.k_snapshot, config.k_persist, self._experts, where="ds_config, moc_checkpoint")
-        gates = [engine.module.get_submodule(layer.prefix).deepspeed_moe.gate for layer in layers]
-        self._top_k = tuple(int(gate.k) for gate in gates)
-        self._counter = TokenCounter(engine, layers)
+        self._counter: TokenCounter | None = None
+        self._top_k = (1,) * len(layers)
+        try:
+            self._counter = TokenCounter(engine, layers)
+        except UnsupportedError as error:
+            if self._scalar_k is not None:
+                raise
+            # Full checkpoints need no counts.
+            logger.warning("tokens are not counted, PLT stays at 0: %s", error.what)
+        else:
+            gates = [engine.module.get_submodule(layer.prefix).deepspeed_moe.gate for layer in layers]
+            self._top_k = tuple(int(gate.k) for gate in gates)
+        self._layers = tuple(layers)
         self.ledger = self._new_ledger()
         self.sole = self.ownership = Ownership.from_rows(self._experts, dist.get_world_size(), ())
         self._histories: dict[str, SaveHistory] = {}
@@ -115,7 +129,13 @@ class PartialExperts:
             for holders, nbytes in reply.shared_dense.items():
                 for rank, share in _evenly(nbytes, holders):
                     dense[rank] += share
-        rows = _chain(row for reply in replies for row in (reply.sole, reply.shared))
+        spread = [
+            (layer, expert, rank, share)
+            for reply in replies
+            for (layer, expert, holders), nbytes in reply.shared.items()
+            for rank, share in _evenly(nbytes, holders)
+        ]
+        rows = _chain([*(reply.sole for reply in replies), spread])
         self.ownership = Ownership.from_rows(self._experts, world, rows, dense)
 
     @property
@@ -135,11 +155,12 @@ class PartialExperts:
         Args:
             skipped: the step overflowed and changed nothing.
         """
-        self._counter.step_done(skipped)
+        if self._counter is not None:
+            self._counter.step_done(skipped)
 
     def reduce(self) -> None:
         """Adds up the token counts of all ranks since the last time; collective, one all-reduce."""
-        if not self._experts:
+        if self._counter is None or not self._experts:
             return
         vector = self._counter.take()
         dist.all_reduce(vector)
@@ -147,7 +168,7 @@ class PartialExperts:
         self.ledger = self.ledger.add([layer.processed for layer in counts], [layer.routed for layer in counts])
 
     def select(self, url: str, forced: Collection[tuple[int, int]], *, full: bool) -> Selection:
-        """Selects the experts of a save; a pure function of what all ranks know.
+        """Selects the experts of a save. Not collective; may take seconds once, for a large model (`plan_cycle`).
 
         Args:
             url: the directory.
@@ -156,28 +177,27 @@ class PartialExperts:
         """
         history = self._histories.get(url) or SaveHistory.start(self._experts)
         method = "full" if full else self._config.selection
-        return select(history, self.ledger.learnt, self.ownership, method, self.k, forced)
+        return select(history, self.ledger, self.ownership, method, self.k, forced)
 
-    def begin_save(self) -> Ledger:
-        """Returns the ledger that goes into a save."""
-        ledger = self.ledger.mark_save()
-        least = self._scalar_k
-        if self._config.dynamic_k and ledger.floor and least is not None:
-            present = max(ledger.floor, least)
-            lower = lower_k(present, least, ledger.plt, ledger.forecast, self._config.max_plt)
-            ledger = replace(ledger, floor=lower if lower > least else 0)
-        return ledger
+    def begin_save(self, selection: Selection) -> Ledger:
+        """Returns the ledger that goes into a save; Dynamic-K may come down with it."""
+        ledger, least = self.ledger, self._scalar_k
+        if not (self._config.dynamic_k and ledger.floor and least is not None):
+            return ledger
+        forecast = partial(ledger.forecast, interval=selection.after.interval)
+        lower = lower_k(max(ledger.floor, least), least, ledger.plt, forecast, self._config.max_plt)
+        return replace(ledger, floor=lower if lower > least else 0)
 
     def saved(self, url: str, selection: Selection, ledger: Ledger) -> None:
         """Takes in that a save was committed."""
         if ledger.floor != self.ledger.floor and dist.get_rank() == 0:
-            logger.info("Dynamic-K: K is %d again", ledger.floor or self._scalar_k)
+            logger.info("Dynamic-K: K comes down to %d", ledger.floor or self._scalar_k)
         self.ledger = ledger
         self._histories[url] = selection.after
 
     def manifest_data(self, selection: Selection, ledger: Ledger) -> dict[str, Any]:
         """Returns what a manifest says about the experts, as plain data."""
-        return {**ledger.to_data(), "k": list(self.k), "history": selection.after.to_data()}
+        return {**ledger.to_data(), "k": list(selection.k), "history": selection.after.to_data()}
 
     def loads(self, selection: Selection) -> list[int]:
         """Returns the bytes that each rank writes of what nobody else holds, by rank."""
@@ -189,41 +209,59 @@ class PartialExperts:
         learnt = ledger.learnt
         return {expert_unit(layer, expert): int(learnt[layer][expert]) for layer, expert in selection.places}
 
-    def restored(self, manifest: Manifest, url: str | None) -> None:
-        """Takes in that the engine's state is a checkpoint's now. Not collective; equal on all ranks.
+    def read(self, manifest: Manifest) -> Restored | None:
+        """Reads what a checkpoint says about the experts, without changing anything. Not collective.
 
-        Args:
-            manifest: the checkpoint.
-            url: its directory, if this run continues it; None if only the model was taken over.
+        Returns:
+            None if it says nothing: it is older than ledgers, or of another model.
+
+        Raises:
+            FormatError: if it cannot be read.
         """
-        self._counter.reset()
-        self._histories.clear()
-        self.ledger = self._new_ledger()
-        counts = tuple(layer.num_experts for layer in manifest.moe_layers)
-        if url is None or counts != self._experts or not counts:
-            return
-        if manifest.ledger is None:
-            return  # written before there were ledgers: every expert is of the checkpoint's own step
+        layers = tuple((layer.ordinal, layer.prefix, layer.num_experts) for layer in manifest.moe_layers)
+        mine = tuple((layer.ordinal, layer.prefix, layer.num_experts) for layer in self._layers)
+        if manifest.ledger is None or layers != mine or not mine:
+            return None
         ledger = Ledger.from_data(manifest.ledger, self._config.plt_total_tokens)
-        learnt: list[list[int | None]] = [[None] * count for count in counts]
+        learnt: list[list[int | None]] = [[None] * count for count in self._experts]
         for unit in manifest.units:
             place = parse_expert_unit(unit.name)
             if place is not None:
-                learnt[place[0]][place[1]] = unit.tokens
-        self.ledger = ledger.recover(learnt, attempt=manifest.attempt, step=manifest.step)
-        self._histories[url] = SaveHistory.from_data(manifest.ledger["history"], counts)
-        self._raise_k()
+                # An older version without a count is from before counting began.
+                learnt[place[0]][place[1]] = unit.tokens if unit.version == manifest.version else unit.tokens or 0
+        ledger = ledger.recover(learnt, attempt=manifest.attempt, step=manifest.step)
+        history = SaveHistory.from_data(manifest.ledger.get("history", {}), self._experts)
+        return Restored(replace(ledger, top_k=self._top_k), history)
 
-    def _raise_k(self) -> None:
-        config = self._config
-        if not config.dynamic_k:
+    def forget(self) -> None:
+        """Forgets the past: the live state is about to become another one. Not collective; done on all ranks."""
+        if self._counter is not None:
+            self._counter.reset()
+        self._histories.clear()
+        self.ledger = self._new_ledger()
+
+    def restored(self, url: str, found: Restored | None) -> None:
+        """Takes in that the engine goes on from a checkpoint. Not collective; equal on all ranks.
+
+        Args:
+            url: its directory.
+            found: what `read` returned.
+        """
+        if found is not None:
+            self.ledger = found.ledger
+            self._histories[url] = found.history
+            self._raise_k(found.history.interval)
+
+    def _raise_k(self, interval: Sequence[float]) -> None:
+        config, least = self._config, self._scalar_k
+        if not config.dynamic_k or least is None:
             # The run that saved may have had it.
             self.ledger = replace(self.ledger, floor=0)
-        if not config.dynamic_k or self._scalar_k is None:
             return
-        present, most = max(self._scalar_k, self.ledger.floor), max(self._experts)
-        raised = raise_k(present, most, self.ledger.plt, self.ledger.forecast, config.max_plt)
-        self.ledger = replace(self.ledger, floor=raised if raised > self._scalar_k else 0)
+        present, most = max(least, self.ledger.floor), max(self._experts)
+        forecast = partial(self.ledger.forecast, interval=interval)
+        raised = raise_k(present, most, self.ledger.plt, forecast, config.max_plt)
+        self.ledger = replace(self.ledger, floor=raised if raised > least else 0)
         if raised > present and dist.get_rank() == 0:
             logger.info(
                 "Dynamic-K: K is %d instead of %d: with PLT %.2f %% so far the next fault would pass %.2f %%",
@@ -241,7 +279,8 @@ class PartialExperts:
 
     def close(self) -> None:
         """Removes the hooks."""
-        self._counter.close()
+        if self._counter is not None:
+            self._counter.close()
 
 
 def _chain(rows: Iterable[Iterable[tuple[int, int, int, int]]]) -> Iterable[tuple[int, int, int, int]]:

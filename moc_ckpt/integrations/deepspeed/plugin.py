@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
-from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, MocError, StorageError
+from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, StorageError
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, load
 from moc_ckpt.integrations.deepspeed.pec import OwnedBytes, PartialExperts, owned_bytes
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
@@ -21,6 +21,7 @@ from moc_ckpt.integrations.deepspeed.report import Reporter, shorten
 from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, save
 from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.pec.ledger import Ledger
+from moc_ckpt.pec.selector import Selection
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
@@ -45,13 +46,13 @@ class OpenedSave(NamedTuple):
         store: the directory.
         attempt: this run's attempt in it.
         save_id: a new one that all ranks share.
-        forced: (layer, expert) of those that it has no usable version of.
+        selection: the experts to save.
     """
 
     store: Store
     attempt: int
     save_id: str
-    forced: frozenset[tuple[int, int]]
+    selection: Selection
 
 
 class MocCheckpoint:
@@ -174,13 +175,6 @@ class MocCheckpoint:
         """
         begin = time.perf_counter()
         text = directory_text(load_dir, "load_dir")
-        data = self.comm.from_first("finding the checkpoint", lambda: self._find(text, tag), wait="commit")
-        if data is None:
-            if self.comm.rank == 0:
-                logger.warning("nothing to load: %s has no 'latest' (give a tag to load a certain checkpoint)", text)
-            return None, None
-        manifest = decode_manifest(data, text)
-        store = self.comm.agree("opening the directory", lambda: open_store(text), wait="rendezvous")
         request = LoadRequest(
             strict=load_module_strict,
             optimizer_states=load_optimizer_states,
@@ -188,21 +182,58 @@ class MocCheckpoint:
             module_only=load_module_only,
             custom_load_fn=custom_load_fn,
         )
-        client_state = load(self, store, manifest, request)
+        self._check_load_arguments(text, tag, request)
+        data = self.comm.from_first("finding the checkpoint", lambda: self._find(text, tag), wait="commit")
+        if data is None:
+            if self.comm.rank == 0:
+                logger.warning("nothing to load: %s has no 'latest' (give a tag to load a certain checkpoint)", text)
+            return None, None
+        manifest = decode_manifest(data, text)
+        store = self.comm.agree("opening the directory", lambda: open_store(text), wait="rendezvous")
+        client_state, experts = load(self, store, manifest, request)
         self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
         self.engine.loaded_checkpoint_mp_world_size = 1
-        # Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
+        if request.continues:
+            # Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
+            self._restored[store.url] = (manifest.attempt, manifest.step)
+            # The next save builds on this very checkpoint: another may have later versions than the state has now.
+            if self.comm.rank == 0:
+                self._committed[store.url] = manifest
+            self.pec.restored(store.url, experts)
+        seconds = time.perf_counter() - begin
+        self.report.recovered(store, manifest, self.comm.world, seconds, goes_on=request.continues)
+        return store.locate(manifest.tag), client_state
+
+    def forget(self) -> None:
+        """Forgets where the live state is from: it is about to be overwritten. Not collective; done on all ranks."""
         self._attempts.clear()
-        # Unless all of its state was taken over: older versions of the experts are then none of what is trained now.
-        whole = load_optimizer_states and not load_module_only and custom_load_fn is None
-        self._restored = {store.url: (manifest.attempt, manifest.step)} if whole else {}
-        # The next save builds on this very checkpoint: another one may have later versions than the state has now.
-        self._committed = {store.url: manifest} if whole and self.comm.rank == 0 else {}
+        self._restored.clear()
+        self._committed.clear()
         self.underived = frozenset()
         self._underived_step = -1
-        self.pec.restored(manifest, None if load_module_only else store.url)
-        self.report.recovered(store, manifest, self.comm.world, time.perf_counter() - begin)
-        return store.locate(manifest.tag), client_state
+        self.pec.forget()
+
+    def _check_load_arguments(self, load_dir: str, tag: str | None, request: LoadRequest) -> None:
+        """Refuses a load that ranks ask for differently: they would restore different things, or wait for ever."""
+        mine = {
+            "load_dir": load_dir,
+            "tag": None if tag is None else str(tag),
+            "load_module_strict": request.strict,
+            "load_optimizer_states": request.optimizer_states,
+            "load_lr_scheduler_states": request.lr_scheduler_states,
+            "load_module_only": request.module_only,
+            "custom_load_fn": request.custom_load_fn is not None,
+        }
+        replies = self.comm.exchange("comparing the arguments of load_checkpoint", lambda: mine)
+        for rank, reply in enumerate(replies):
+            if reply != replies[0]:
+                names = [name for name in mine if reply[name] != replies[0][name]]
+                shown = ", ".join(f"{name} is {replies[0][name]!r} and {reply[name]!r}" for name in names)
+                raise ConfigError(
+                    f"ranks 0 and {rank} disagree: {shown}",
+                    where="engine.load_checkpoint",
+                    fix="call it with the same arguments on every rank",
+                )
 
     def stored_weights(self) -> frozenset[str]:
         """Returns the parameters whose weights are stored too; collective, equal on all ranks."""
@@ -221,17 +252,18 @@ class MocCheckpoint:
             full: the save takes every expert.
         """
 
-        def first() -> tuple[Attempt, str, frozenset[tuple[int, int]]]:
+        def first() -> tuple[Attempt, str, Selection]:
             store = open_store(save_dir, create=True)
             store.check_writable()
             attempt = self._attempts.get(store.url) or self._open_attempt(store)
             # Known before the others look: a retry after their failure must not open yet another one.
             self._attempts[store.url] = attempt
             forced = frozenset() if full or not self.pec.partial else self._find_base(store, attempt.attempt)
-            return attempt, new_save_id(), forced
+            # All ranks would find the same; selected once, it is the same whatever happened to one of them.
+            return attempt, new_save_id(), self.pec.select(store.url, forced, full=full)
 
         self._base = ()
-        attempt, save_id, forced = self.comm.from_first("opening the save directory", first, wait="commit")
+        attempt, save_id, selection = self.comm.from_first("opening the save directory", first, wait="commit")
 
         def see() -> Store:
             store = open_store(save_dir)
@@ -245,7 +277,7 @@ class MocCheckpoint:
 
         store = self.comm.agree("looking into the save directory", see, wait="rendezvous")
         self._attempts[store.url] = attempt
-        return OpenedSave(store, attempt.attempt, save_id, forced)
+        return OpenedSave(store, attempt.attempt, save_id, selection)
 
     def _find_base(self, store: Store, attempt: int) -> frozenset[tuple[int, int]]:
         """Finds the older checkpoints that a partial save refers to; rank 0 only. Returns the experts it must take."""
@@ -309,6 +341,7 @@ class MocCheckpoint:
                 ledger=ledger,
                 base=self._base,
                 selected=selected,
+                checked=True,
             )
             self._base = ()
             self._committed[store.url] = manifest
@@ -399,6 +432,6 @@ class MocCheckpoint:
                 logger.warning("retention removes nothing: %s", report.blocked)
             if report.dropped:
                 logger.info("removed %s (storage.keep_last is %d)", ", ".join(report.dropped), storage.keep_last)
-        except MocError as error:
+        except Exception as error:
             # The checkpoint is committed; files that could not be removed are tried again after the next one.
             logger.warning("retention failed: %s", error)

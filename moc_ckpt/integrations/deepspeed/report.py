@@ -60,10 +60,11 @@ class Reporter:
             bytes=result.nbytes,
             seconds=seconds,
             experts=result.experts,
-            k=list(pec.k),
+            k=list(result.k),
             plt=plt,
         )
-        self._monitor({"checkpoint_bytes": result.nbytes, "checkpoint_seconds": seconds})
+        found = {"k": max(result.k, default=0), "checkpoint_bytes": result.nbytes, "checkpoint_seconds": seconds}
+        self._monitor(found)
 
     def failed(self, store: Store, tag: str, error: Exception) -> None:
         """Reports a save that failed after its directory was opened."""
@@ -71,12 +72,19 @@ class Reporter:
             step = self._engine.global_steps
             self._log(store).write(EventKind.FAILED, step=step, tag=tag, reason=str(error))
 
-    def recovered(self, store: Store, manifest: Manifest, world: int, seconds: float) -> None:
-        """Reports a restore and what it lost."""
+    def recovered(self, store: Store, manifest: Manifest, world: int, seconds: float, *, goes_on: bool) -> None:
+        """Reports a restore and what it lost.
+
+        Args:
+            store: the directory.
+            manifest: the checkpoint.
+            world: ranks that loaded it.
+            seconds: how long that took.
+            goes_on: the run continues the saved one; else nothing is written into the directory.
+        """
         if not self._first:
             return
         ledger = self._pec.ledger
-        # Without the experts' side (only the model was taken over) nothing is charged.
         lost = sum(ledger.recoveries[-1].lost) if ledger.recoveries else 0
         older = sum(unit.step != manifest.step for unit in manifest.units)
         text = (
@@ -91,6 +99,8 @@ class Reporter:
             seconds,
             text,
         )
+        if not goes_on:
+            return
         self._log(store).write(
             EventKind.RECOVERED,
             attempt=manifest.attempt,
@@ -103,7 +113,7 @@ class Reporter:
             k=list(self._pec.k),
             plt=ledger.plt,
         )
-        self._monitor({"lost_tokens": lost})
+        self._monitor({"k": max(self._pec.k, default=0), "lost_tokens": lost})
 
     def _log(self, store: Store) -> EventLog:
         if store.url not in self._logs:
@@ -111,11 +121,11 @@ class Reporter:
         return self._logs[store.url]
 
     def _monitor(self, values: dict[str, float]) -> None:
-        """Hands PLT, K and `values` to DeepSpeed's monitor, by samples as its own curves."""
+        """Hands PLT and `values` to DeepSpeed's monitor, by samples as its own curves."""
         monitor = getattr(self._engine, "monitor", None)
         if monitor is None or not getattr(monitor, "enabled", False):
             return
-        found = {"plt": self._pec.ledger.plt, "k": max(self._pec.k, default=0), **values}
+        found = {"plt": self._pec.ledger.plt, **values}
         samples = self._engine.global_samples
         try:
             monitor.write_events([(f"Train/MoC/{name}", value, samples) for name, value in found.items()])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moc_ckpt.errors import ConfigError, CoverageError, MocError
+from moc_ckpt.errors import ConfigError, CoverageError
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, digest_rng
@@ -64,6 +64,9 @@ class _Local:
     tag: str
     save_dir: str
     step: int
+    save_latest: bool
+    exclude_frozen: bool
+    full: bool
     replicated: list[Replicated]
     scalars: list[ScalarRecord]
     rng: dict[str, str]
@@ -91,6 +94,7 @@ class SaveResult:
         attempt: the attempt that saved it.
         nbytes: bytes of the packs that it wrote.
         experts: experts that it took, over all layers.
+        k: how many of each layer it was to take.
     """
 
     store: Store
@@ -98,6 +102,7 @@ class SaveResult:
     attempt: int
     nbytes: int
     experts: int
+    k: tuple[int, ...]
 
 
 def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
@@ -117,23 +122,22 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
     # After an exchange, so all ranks are here.
     moc.pec.reduce()
     opened = moc.open_for_save(request.save_dir, full=request.full)
-    store = opened.store
-    selection = moc.pec.select(store.url, opened.forced, full=request.full)
-    ledger = moc.pec.begin_save()
+    store, selection = opened.store, opened.selection
+    ledger = moc.pec.begin_save(selection)
     units = UnitMap(catalog.layers)
     selected = {expert_unit(*place) for place in selection.places}
 
     def is_saved(unit: str) -> bool:
         return unit in selected or parse_expert_unit(unit) is None
 
-    shares = plan_shares(
-        (item for reply in local for item in reply.replicated if is_saved(units.unit_of(item.key.fqn))),
-        moc.pec.loads(selection),
-        mode=moc.config.sharding,
-    )
     ident = SaveId(request.tag, opened.save_id, Version(opened.attempt, engine.global_steps), comm.rank, comm.world)
 
     def write() -> None:
+        shares = plan_shares(
+            (item for reply in local for item in reply.replicated if is_saved(units.unit_of(item.key.fqn))),
+            moc.pec.loads(selection),
+            mode=moc.config.sharding,
+        )
         kept = [entry for entry in catalog.entries if not (request.exclude_frozen and entry.frozen)]
         mine = [
             (entry.unit, *piece)
@@ -162,11 +166,11 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
             ledger=moc.pec.manifest_data(selection, ledger) if catalog.layers else None,
             selected=selected,
         )
-    except MocError as error:
+    except Exception as error:
         moc.report.failed(store, request.tag, error)
         raise
     moc.pec.saved(store.url, selection, ledger)
-    return SaveResult(store, request.tag, opened.attempt, nbytes, len(selected))
+    return SaveResult(store, request.tag, opened.attempt, nbytes, len(selected), selection.k)
 
 
 def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset[str], prepared: _Prepared) -> _Local:
@@ -183,6 +187,9 @@ def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset
         tag=request.tag,
         save_dir=request.save_dir,
         step=moc.engine.global_steps,
+        save_latest=request.save_latest,
+        exclude_frozen=request.exclude_frozen,
+        full=request.full,
         replicated=replicated_items(catalog, skip_frozen=request.exclude_frozen),
         scalars=collect_scalars(catalog, moc.view.state_of),
         rng=digest_rng(prepared.rng),
@@ -192,7 +199,7 @@ def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset
 
 
 def _check_equal(local: list[_Local]) -> None:
-    for name in ("tag", "save_dir", "step"):
+    for name in ("tag", "save_dir", "step", "save_latest", "exclude_frozen", "full"):
         values = {getattr(reply, name): rank for rank, reply in reversed(list(enumerate(local)))}
         if len(values) > 1:
             shown = ", ".join(f"{value!r} on rank {rank}" for value, rank in sorted(values.items(), key=lambda x: x[1]))
