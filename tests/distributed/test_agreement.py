@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -92,13 +93,81 @@ def test_one_rank_saves_while_the_other_loads(pool: Pool, ckpt_dir: str) -> None
         assert_all_raised(
             both,
             "'preparing the checkpoint'",
-            "'finding the checkpoint'",
+            "'comparing the arguments of load_checkpoint'",
             "save_checkpoint",
             "load_checkpoint",
             kind="RankError",
         )
         assert all(one["seconds"] < 10 for one in both), both
     assert [(result["committed"], result["works"]) for result in results] == [(False, True)] * 2
+
+
+# ---------------------------------------------------------------------------------------- other arguments
+
+
+def case_other_arguments(ctx: Any, path: str) -> dict[str, Any]:
+    engine = harness.build(ROW, world=ctx.world, seed=1, plugin={**ON, "k_persist": 1})
+    harness.train(engine, 1)
+    engine.save_checkpoint(path, tag="one")
+    first = ctx.rank == 0
+    calls = {
+        "full": lambda: engine.moc.save(path, "two", full=first),
+        "save_latest": lambda: engine.save_checkpoint(path, "two", save_latest=first),
+        "exclude_frozen": lambda: engine.save_checkpoint(path, "two", exclude_frozen_parameters=first),
+        "load_optimizer_states": lambda: engine.load_checkpoint(path, load_optimizer_states=first),
+        "custom_load_fn": lambda: engine.load_checkpoint(
+            path, custom_load_fn=(lambda src, dst: None) if first else None
+        ),
+        "tag": lambda: engine.load_checkpoint(path, tag="one" if first else None),
+    }
+    out = {name: untouched(ctx, engine, call) for name, call in calls.items()}
+    ctx.barrier()
+    committed = Path(path, "two", "manifest.json").exists()
+    # And the next ones work.
+    engine.save_checkpoint(path, tag="three")
+    engine.load_checkpoint(path)
+    return {"out": out, "committed": committed}
+
+
+def test_ranks_give_different_arguments(pool: Pool, ckpt_dir: str) -> None:
+    """Refused by name: going on, ranks would select different experts, or wait for each other for ever."""
+    results = pool.run(2, case_other_arguments, path=ckpt_dir, deadline=DEADLINE)
+    for name in results[0]["out"]:
+        assert_all_raised([result["out"][name] for result in results], name, "disagree", kind="ConfigError")
+    assert not results[0]["committed"]
+
+
+def case_failed_restore(ctx: Any, path: str) -> dict[str, Any]:
+    """A restore that fails after live state was overwritten leaves nothing that a later save could build on."""
+
+    def fail(src: Any, dst: Any) -> None:
+        raise RuntimeError("injected: no such layer")
+
+    engine = harness.build(ROW, world=ctx.world, seed=1, plugin={**ON, "k_persist": 1})
+    for _ in range(2):
+        harness.train(engine, 1)
+        engine.save_checkpoint(path)
+    partial = len(_own_experts(path))
+    raised = harness.attempt(engine.load_checkpoint, path, custom_load_fn=fail)["raised"]
+    harness.train(engine, 1)
+    engine.save_checkpoint(path)
+    return {"partial": partial, "raised": raised, "after": len(_own_experts(path)), "plt": engine.moc.plt}
+
+
+def _own_experts(path: str) -> set[str]:
+    """Experts that the newest checkpoint wrote itself."""
+    body = json.loads(Path(path, Path(path, "latest").read_text(), "manifest.json").read_text())["body"]
+    return {
+        unit["name"]
+        for unit in body["units"]
+        if unit["name"].startswith("expert/") and (unit["attempt"], unit["step"]) == (body["attempt"], body["step"])
+    }
+
+
+def test_after_a_failed_restore_everything_is_saved(pool: Pool, ckpt_dir: str) -> None:
+    for result in pool.run(2, case_failed_restore, path=ckpt_dir, deadline=DEADLINE):
+        assert (result["partial"], result["after"]) == (1, sum(layer.experts for layer in ROW.layers))
+        assert result["raised"] is not None and result["plt"] == 0
 
 
 # ------------------------------------------------------------------------------------ one class of error
