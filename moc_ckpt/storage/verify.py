@@ -95,6 +95,15 @@ def verify(store: Store, tag: str, progress: Callable[[int, int], None] | None =
     declared = manifest.declared()
     for problem in coverage_problems(declared, manifest.spans()) + expert_problems(manifest.moe_layers, declared):
         report.problems.append(Problem(where, problem))
+    for unit in manifest.units:
+        # Invariant I3: dense state of one version, no expert newer than it.
+        if parse_expert_unit(unit.name) is None and unit.version != manifest.version:
+            what = f"dense state of step {unit.step} of attempt {unit.attempt} in a checkpoint of step {manifest.step}"
+        elif unit.step > manifest.step:
+            what = f"an expert of step {unit.step}, which is after the checkpoint's step {manifest.step}"
+        else:
+            continue
+        report.problems.append(Problem(where, what, unit.name))
     for extra in manifest.extra.values():
         try:
             read_extra(store, extra)
