@@ -1,8 +1,8 @@
 """What the accuracy experiment found: noise, differences, and the generated part of docs/accuracy.md. Pure.
 
 Every difference is against the same seed's runs without loss (K = N), which have seen the same samples in the same
-order: their mean over the restart and its repeats with other random numbers. How much two such runs differ by chance
-is estimated from those repeats.
+order: their mean over the restart and its repeats with other random numbers. How much such runs differ by chance is
+estimated from those repeats; how sure a mean difference is, from its spread over the seeds, which contains chance.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Cell:
         jump: mean rise of the validation loss right after the fault.
         final: mean validation loss at the end.
         delta: mean of its difference to the same seed's runs without loss.
-        error: standard error of `delta`, from the noise of the repeats.
+        error: standard error of `delta`, from the spread over seeds, pooled over all cells.
         low: least difference of a seed.
         high: greatest difference of a seed.
     """
@@ -106,6 +106,7 @@ class Analysis:
         seeds: seeds with a K = N run.
         base: seed -> mean final loss of its runs without loss.
         noise: standard deviation of the final loss of such runs of one seed; nan without repeats.
+        spread: standard deviation over seeds of a (K, interval)'s difference to `base`, pooled; nan with one seed.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -122,6 +123,10 @@ class Analysis:
         }
         self.base = {seed: fmean(run["final"] for run in alike) for seed, alike in self._alike.items()}
         self.noise = pooled([[run["final"] for run in alike] for alike in self._alike.values()])
+        cases: dict[tuple[int, int], list[float]] = {}
+        for run in self.partial():
+            cases.setdefault((run["k"], run["interval"]), []).append(self.delta(run))
+        self.spread = pooled(cases.values())
 
     def partial(self) -> list[dict[str, Any]]:
         """Returns the runs with partial checkpoints."""
@@ -142,15 +147,6 @@ class Analysis:
             run: the run.
         """
         return run["after_fault"] - self._full[run["seed"]]["after_fault"]
-
-    def error(self, count: int) -> float:
-        """Returns the standard error of the mean difference of some runs, spread evenly over the seeds.
-
-        Args:
-            count: how many.
-        """
-        baseline = sum(1 / len(alike) for alike in self._alike.values()) / len(self.seeds) ** 2
-        return self.noise * math.sqrt(1 / count + baseline)
 
     def order_noise(self) -> float:
         """Returns the standard deviation of the final loss of runs of one seed that see other samples at the end."""
@@ -189,27 +185,37 @@ class Analysis:
             jump=fmean(self.jump(run) for run in runs),
             final=fmean(finals),
             delta=fmean(deltas),
-            error=0.0 if whole else self.error(len(runs)),
+            error=0.0 if whole else self.spread / math.sqrt(len(runs)),
             low=min(deltas),
             high=max(deltas),
         )
 
     def groups(self) -> dict[str, tuple[int, float, float]]:
-        """Returns, for PLT up to the limit and beyond: number of runs, mean difference, its standard error."""
+        """Returns, for PLT up to the limit and beyond: number of runs, mean difference, its standard error.
+
+        Mean and error are over the seeds' own means, as runs of one seed share a baseline.
+        """
         found = {}
         for name, inside in (("up to", lambda plt: plt <= LIMIT), ("above", lambda plt: plt > LIMIT)):
-            deltas = [self.delta(run) for run in self.partial() if inside(run["plt"])]
-            if deltas:
-                found[f"{name} {100 * LIMIT:.2f} %"] = (len(deltas), fmean(deltas), self.error(len(deltas)))
+            deltas: dict[int, list[float]] = {}
+            for run in self.partial():
+                if inside(run["plt"]):
+                    deltas.setdefault(run["seed"], []).append(self.delta(run))
+            means = [fmean(values) for values in deltas.values()]
+            if means:
+                error = pooled([means]) / math.sqrt(len(means))
+                found[f"{name} {100 * LIMIT:.2f} %"] = (sum(map(len, deltas.values())), fmean(means), error)
         return found
 
-    def trend(self, value: Callable[[Mapping[str, Any]], float]) -> tuple[float, float]:
+    def trend(self, value: Callable[[Mapping[str, Any]], float], limit: float = 1.0) -> tuple[float, float]:
         """Returns slope and standard error of a value of the runs against their PLT, runs without loss included.
 
         Args:
             value: of a run, such as `delta` or `jump`.
+            limit: runs with a greater PLT are left out.
         """
-        runs = [*self.partial(), *(run for alike in self._alike.values() for run in alike)]
+        every = [*self.partial(), *(run for alike in self._alike.values() for run in alike)]
+        runs = [run for run in every if run["plt"] <= limit]
         return slope([run["plt"] for run in runs], [value(run) for run in runs])
 
     def excess(self, runs: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -334,16 +340,19 @@ def section(analysis: Analysis) -> str:
         for name, (count, mean, error) in analysis.groups().items()
     )
     ends, jumps = analysis.trend(analysis.delta), analysis.trend(analysis.jump)
+    below = analysis.trend(analysis.delta, LIMIT)
     lines += [
         "",
-        "Losses are nats per byte on the same held-out sample. ± is two standard errors, from the noise below.",
+        "Losses are nats per byte on the same held-out sample, means over seeds. ± is two standard errors, from the "
+        f"spread over seeds ({analysis.spread:.4f}, pooled over the rows).",
         "",
         f"- Noise of the final loss: {analysis.noise:.4f} (standard deviation of runs without loss that differ only in "
         f"the routing's random numbers after the fault), {analysis.order_noise():.4f} with other training samples "
         f"after the fault, {analysis.seed_spread():.4f} over seeds.",
         f"- Mean difference to no fault: {groups}.",
-        f"- Trend of the final loss: {ends[0] / 10:+.4f} ± {2 * ends[1] / 10:.4f} per 10 % of PLT; of the rise right "
-        f"after the fault: {jumps[0] / 10:+.4f} ± {2 * jumps[1] / 10:.4f}.",
+        f"- Trend of the final loss per 10 % of PLT: {ends[0] / 10:+.4f} ± {2 * ends[1] / 10:.4f}; of the runs up to "
+        f"{100 * LIMIT:.2f} % alone {below[0] / 10:+.4f} ± {2 * below[1] / 10:.4f}; of the rise right after the fault "
+        f"{jumps[0] / 10:+.4f} ± {2 * jumps[1] / 10:.4f}.",
         f"- What the experts are worth at the fault: with experts that answer nothing the validation loss is "
         f"{analysis.worth('silent'):+.4f} higher, with every token at the expert next to its own "
         f"{analysis.worth('exchanged'):+.4f}. Tokens that experts had no room for in the first half: "

@@ -248,16 +248,30 @@ def test_noise_is_pooled_within_seeds():
     assert math.isnan(pooled([[1.0], [2.0]]))
 
 
-def test_standard_error_is_that_of_the_linear_combination():
-    """Of n runs per seed minus their seed's baseline, which is a mean itself: sum of squared coefficients."""
+def test_standard_errors_come_from_the_spread_over_seeds():
     analysis = Analysis(made_up(Settings()))
-    for each in (1, 3):
-        coefficients = []
-        for _ in range(3):
-            coefficients += [1 / (3 * each)] * each
-            coefficients += [-1 / 3 / 3] * 3
-        expected = analysis.noise * math.sqrt(sum(value**2 for value in coefficients))
-        assert analysis.error(3 * each) == pytest.approx(expected)
+    base = analysis.base
+    table = {
+        (k, interval): [
+            next(
+                run["final"] - base[seed]
+                for run in analysis.partial()
+                if (run["seed"], run["k"], run["interval"]) == (seed, k, interval)
+            )
+            for seed in (1, 2, 3)
+        ]
+        for k in (1, 2, 4)
+        for interval in (10, 20, 40)
+    }
+    spread = math.sqrt(np.mean([np.var(deltas, ddof=1) for deltas in table.values()]))
+    assert analysis.spread == pytest.approx(spread)
+    for cell in analysis.cells():
+        assert cell.error == pytest.approx(spread / math.sqrt(3) if cell.interval else 0.0)
+    below = [key for key in table if expected_plt(Settings(), *key) <= LIMIT]
+    means = np.mean([table[key] for key in below], axis=0)
+    count, mean, error = analysis.groups()["up to 3.75 %"]
+    assert (count, mean) == (3 * len(below), pytest.approx(np.mean(means)))
+    assert error == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
 
 
 def test_cells_and_groups_find_the_effect():
@@ -280,6 +294,11 @@ def test_cells_and_groups_find_the_effect():
     assert groups["up to 3.75 %"][1] == pytest.approx(np.mean(below))
     assert analysis.trend(analysis.delta)[0] == pytest.approx(0.2, rel=1e-3)
     assert analysis.trend(analysis.jump)[0] == pytest.approx(2.0)
+    for run in analysis.runs:
+        if run["plt"] > LIMIT:
+            run["final"] = 7.0
+    assert analysis.trend(analysis.delta, LIMIT)[0] == pytest.approx(0.2, rel=1e-2)
+    assert analysis.trend(analysis.delta)[0] > 1
     assert analysis.exact() == (39, 39)
     assert analysis.worth("silent") == pytest.approx(0.6 + 0.1 * 2)
     assert analysis.worth("exchanged") == pytest.approx(0.2)
