@@ -140,8 +140,7 @@ def open_base(
         stored = unit_tensors(manifest.declared(), layers)
         changed += sorted(name for name in own if not _alike(stored.get(name, {}), required[name]))
         gone += sorted(
-            {manifest.units[row.unit].name for row in manifest.fragments if manifest.packs[row.pack].path in lost}
-            & own
+            {manifest.units[row.unit].name for row in manifest.fragments if manifest.packs[row.pack].path in lost} & own
         )
     unusable = {*changed, *gone}
     forced = {name for name in required if name not in versions or name in unusable}
