@@ -36,6 +36,7 @@ setup(
             "pytest-timeout>=2.3",
             "moto[server]>=5",
             "hypothesis>=6.100",
+            "scipy>=1.11",
             "ruff>=0.6",
             "mypy>=1.10",
             "import-linter>=2.0",

@@ -335,12 +335,6 @@ def section(analysis: Analysis) -> str:
             f"| {name} | {cell.interval or 'any'} | {100 * cell.plt:.2f} % | {100 * cell.expected:.2f} % | "
             f"{cell.jump:+.4f} | {cell.final:.4f} | {difference} | {spread} |"
         )
-    groups = "; ".join(
-        f"PLT {name}: {mean:+.4f} ± {2 * error:.4f} ({count} runs)"
-        for name, (count, mean, error) in analysis.groups().items()
-    )
-    ends, jumps = analysis.trend(analysis.delta), analysis.trend(analysis.jump)
-    below = analysis.trend(analysis.delta, LIMIT)
     lines += [
         "",
         "Losses are nats per byte on the same held-out sample, means over seeds. ± is two standard errors, from the "
@@ -349,10 +343,7 @@ def section(analysis: Analysis) -> str:
         f"- Noise of the final loss: {analysis.noise:.4f} (standard deviation of runs without loss that differ only in "
         f"the routing's random numbers after the fault), {analysis.order_noise():.4f} with other training samples "
         f"after the fault, {analysis.seed_spread():.4f} over seeds.",
-        f"- Mean difference to no fault: {groups}.",
-        f"- Trend of the final loss per 10 % of PLT: {ends[0] / 10:+.4f} ± {2 * ends[1] / 10:.4f}; of the runs up to "
-        f"{100 * LIMIT:.2f} % alone {below[0] / 10:+.4f} ± {2 * below[1] / 10:.4f}; of the rise right after the fault "
-        f"{jumps[0] / 10:+.4f} ± {2 * jumps[1] / 10:.4f}.",
+        *_differences(analysis),
         f"- What the experts are worth at the fault: with experts that answer nothing the validation loss is "
         f"{analysis.worth('silent'):+.4f} higher, with every token at the expert next to its own "
         f"{analysis.worth('exchanged'):+.4f}. Tokens that experts had no room for in the first half: "
@@ -364,6 +355,23 @@ def section(analysis: Analysis) -> str:
         END,
     ]
     return "\n".join(lines)
+
+
+def _differences(analysis: Analysis) -> list[str]:
+    if not analysis.partial():
+        return []
+    groups = "; ".join(
+        f"PLT {name}: {mean:+.4f} ± {2 * error:.4f} ({count} runs)"
+        for name, (count, mean, error) in analysis.groups().items()
+    )
+    ends, jumps = analysis.trend(analysis.delta), analysis.trend(analysis.jump)
+    below = analysis.trend(analysis.delta, LIMIT)
+    return [
+        f"- Mean difference to no fault: {groups}.",
+        f"- Trend of the final loss per 10 % of PLT: {ends[0] / 10:+.4f} ± {2 * ends[1] / 10:.4f}; of the runs up to "
+        f"{100 * LIMIT:.2f} % alone {below[0] / 10:+.4f} ± {2 * below[1] / 10:.4f}; of the rise right after the fault "
+        f"{jumps[0] / 10:+.4f} ± {2 * jumps[1] / 10:.4f}.",
+    ]
 
 
 def _dropped(halves: Sequence[Mapping[str, Any]]) -> str:

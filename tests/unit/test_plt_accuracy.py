@@ -401,6 +401,14 @@ def test_one_seed_without_repeats_is_reported_too():
     ET.fromstring(figure(analysis))
 
 
+def test_runs_without_loss_alone_are_reported_too():
+    analysis = Analysis(made_up(Settings(ks=(8,))))
+    text = section(analysis)
+    assert "Mean difference" not in text
+    assert "| 8 (N) | any |" in text
+    ET.fromstring(figure(analysis))
+
+
 def test_the_report_in_docs_is_that_of_the_numbers_there(tmp_path):
     figures = ROOT / "docs" / "figures"
     data = json.loads((figures / plt_accuracy.NUMBERS).read_text(encoding="utf-8"))
