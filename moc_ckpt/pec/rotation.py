@@ -92,7 +92,11 @@ def advance(rotation: Rotation, ownership: Ownership, k: Sequence[int]) -> tuple
     wanted, layers = tuple(k), len(ownership.experts)
     ahead = rotation.ahead or ((),) * layers
     if (rotation.k, rotation.ownership) != (wanted, ownership.digest):
-        pending = tuple(tuple(sorted(expert for window in windows for expert in window)) for windows in ahead)
+        # A layer that is saved whole has no cycle to end.
+        pending = tuple(
+            tuple(sorted(expert for window in windows for expert in window)) if limit < count else ()
+            for windows, limit, count in zip(ahead, wanted, ownership.experts, strict=True)
+        )
         ahead = plan_cycle(ownership, wanted, pending).windows if any(pending) else ((),) * layers
     if not all(ahead):
         full = _full_cycle(ownership, wanted).windows

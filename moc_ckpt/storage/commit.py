@@ -22,7 +22,6 @@ from moc_ckpt.storage.checkpoint import (
     load_manifest,
     manifest_key,
     read_parts,
-    save_prefix,
 )
 from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Part, Topology, encode_manifest
 from moc_ckpt.storage.merge import merge_parts, missing_experts
@@ -48,7 +47,6 @@ def commit(
     ledger: dict[str, Any] | None = None,
     base: Sequence[Manifest] | None = None,
     selected: Collection[str] | None = None,
-    checked: bool = False,
     timeout_s: float = 60.0,
 ) -> Manifest:
     """Publishes a save whose parts are all there.
@@ -70,7 +68,6 @@ def commit(
         base: older checkpoints to take those experts from that no part holds; None: as many of this directory as
             needed, the newest commit first.
         selected: expert units that this save took; none of them comes from an older checkpoint. None leaves it open.
-        checked: the packs of `base` have been looked at for this save (`open_base`); only its own are.
         timeout_s: seconds to wait for the lock.
 
     Returns:
@@ -109,7 +106,7 @@ def commit(
             selected=selected,
         )
         manifest = msgspec.structs.replace(manifest, kept=not save_latest)
-        _check_files(store, manifest, own_only=checked)
+        _check_files(store, manifest)
         store.write(manifest_key(tag), encode_manifest(manifest))
         if save_latest:
             store.write(LATEST, tag.encode())
@@ -169,10 +166,8 @@ def _check_timeline(store: Store, parts: Sequence[Part], attempt: int, line: lis
             )
 
 
-def _check_files(store: Store, manifest: Manifest, *, own_only: bool) -> None:
-    """Checks that every file the manifest needs is there with the right size."""
-    own = save_prefix(manifest.tag, manifest.save_id) + "/"
-    packs = [pack for pack in manifest.packs if not own_only or pack.path.startswith(own)]
+def _check_files(store: Store, manifest: Manifest) -> None:
+    """Checks that every file the manifest needs is there with the right size, those of older checkpoints too."""
     for extra in manifest.extra.values():
         if not store.exists(extra.path):
             raise StorageError(
@@ -182,7 +177,7 @@ def _check_files(store: Store, manifest: Manifest, *, own_only: bool) -> None:
             )
     with ThreadPoolExecutor(_CHECKS_AT_ONCE, thread_name_prefix="moc-commit") as workers:
         try:
-            for _ in workers.map(lambda pack: PackReader(store, pack.path, pack.nbytes).check(), packs):
+            for _ in workers.map(lambda pack: PackReader(store, pack.path, pack.nbytes).check(), manifest.packs):
                 pass
         except CorruptionError as error:
             raise CorruptionError(

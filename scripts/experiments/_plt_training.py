@@ -10,8 +10,10 @@ import dataclasses
 import gc
 import hashlib
 import logging
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,15 @@ def start_worker(queue: Any) -> None:
     log.setLevel(logging.WARNING)
     log.addHandler(logging.StreamHandler())
     _runtime, _queue = start(args), queue
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however it went: nobody takes the results then."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _report(units: float) -> None:

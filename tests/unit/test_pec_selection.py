@@ -76,6 +76,14 @@ def test_changes_in_mid_cycle_skip_nobody(data):
                 assert max(waited[layer]) < 2 * slowest[layer]
 
 
+def test_k_of_all_takes_all_in_mid_cycle():
+    ownership = Ownership.from_rows((4, 8), 1, [(layer, e, 0, 1) for layer, n in enumerate((4, 8)) for e in range(n)])
+    _, rotation = advance(Rotation(), ownership, (1, 1))
+    selected, rotation = advance(rotation, ownership, (4, 5))
+    assert selected[0] == (0, 1, 2, 3)
+    assert len(selected[1]) <= 5
+
+
 def test_balanced_where_windows_side_by_side_are_not():
     """Two layers on two ranks: taking experts 0, 1 of both at once would leave rank 1 idle."""
     rows = [(layer, expert, expert // 2, 10) for layer in range(2) for expert in range(4)]

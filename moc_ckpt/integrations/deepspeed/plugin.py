@@ -341,7 +341,6 @@ class MocCheckpoint:
                 ledger=ledger,
                 base=self._base,
                 selected=selected,
-                checked=True,
             )
             self._base = ()
             self._committed[store.url] = manifest
