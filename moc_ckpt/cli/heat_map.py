@@ -127,7 +127,7 @@ def choose_grid(columns: int, counts: Collection[int]) -> Grid:
         while -(-most // per_cell) > columns:
             per_cell *= 2
     cells = -(-most // per_cell)
-    return Grid(per_cell, cells, 2 if 2 * cells - 1 <= columns else 1)
+    return Grid(per_cell, cells, 2 if 2 * cells <= columns else 1)
 
 
 class HeatMap:
