@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from moc_ckpt.errors import StorageError
 from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
-from moc_ckpt.state.unit import MoELayer, UnitMap, parse_expert_unit
+from moc_ckpt.state.unit import MoELayer, UnitMap, Version, parse_expert_unit
 from moc_ckpt.storage.attempts import admissible, ancestry
 from moc_ckpt.storage.checkpoint import list_checkpoints, load_manifest
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store
 
-__all__ = ["Base", "UnitTensors", "find_base", "open_base", "unit_tensors"]
+__all__ = ["Base", "UnitTensors", "choose_versions", "find_base", "open_base", "unit_tensors"]
 
 _CHECKS_AT_ONCE = 8
 
@@ -91,6 +91,30 @@ def find_base(
     return base
 
 
+def choose_versions(
+    missing: Collection[str], base: Sequence[Manifest], step: int, is_admissible: Callable[[Version], bool]
+) -> list[tuple[Manifest, set[str]]]:
+    """Returns for each older manifest the experts to take from it: those that it has the newest version of.
+
+    Args:
+        missing: names of expert units.
+        base: older checkpoints.
+        step: versions after it do not count.
+        is_admissible: tells whether a version belongs to the current timeline.
+    """
+    best: dict[str, tuple[Version, int]] = {}
+    for position, manifest in enumerate(base):
+        for unit in manifest.units:
+            if unit.name not in missing or unit.step > step or not is_admissible(unit.version):
+                continue
+            if unit.name not in best or unit.version > best[unit.name][0]:
+                best[unit.name] = (unit.version, position)
+    groups: dict[int, set[str]] = {}
+    for name, (_, position) in best.items():
+        groups.setdefault(position, set()).add(name)
+    return [(base[position], names) for position, names in sorted(groups.items())]
+
+
 def open_base(
     store: Store,
     *,
@@ -117,33 +141,23 @@ def open_base(
     manifests = [item for item in known if admissible(item.version, line) and item.step <= step]
     if not manifests:
         manifests = find_base(store, required, step, line)
-    versions: dict[str, tuple[tuple[int, int], Manifest]] = {}
-    for manifest in manifests:
-        for unit in manifest.units:
-            if unit.name not in required or unit.step > step or not admissible(unit.version, line):
-                continue
-            if unit.name not in versions or unit.version > versions[unit.name][0]:
-                versions[unit.name] = (unit.version, manifest)
-    present = [(layer.ordinal, layer.prefix, layer.num_experts) for layer in layers]
-    same = [
-        [(item.ordinal, item.prefix, item.num_experts) for item in source.moe_layers] == present for source in manifests
-    ]
-    if not all(same):
+    if any(manifest.layers != tuple(layers) for manifest in manifests):
         # Units are known by the number of their layer, so those of another model mean other experts.
         names = tuple(sorted(required))
         return Base((), _places(names), {"the older checkpoints are of other MoE layers": names})
+    chosen = choose_versions(required, manifests, step, lambda version: admissible(version, line))
     lost = _lost_packs(store, manifests)
     changed: list[str] = []
     gone: list[str] = []
-    for manifest in manifests:
-        own = {name for name, (_, source) in versions.items() if source is manifest}
+    for manifest, own in chosen:
         stored = unit_tensors(manifest.declared(), layers)
         changed += sorted(name for name in own if not _alike(stored.get(name, {}), required[name]))
         gone += sorted(
             {manifest.units[row.unit].name for row in manifest.fragments if manifest.packs[row.pack].path in lost} & own
         )
     unusable = {*changed, *gone}
-    forced = {name for name in required if name not in versions or name in unusable}
+    stored_somewhere = set().union(*(own for _, own in chosen))
+    forced = {name for name in required if name not in stored_somewhere or name in unusable}
     reasons = {
         "their packs are gone or damaged": tuple(gone),
         "they consist of other tensors now": tuple(name for name in changed if name not in set(gone)),

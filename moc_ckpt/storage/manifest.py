@@ -12,7 +12,7 @@ import msgspec
 
 from moc_ckpt.errors import FormatError
 from moc_ckpt.state.fragment import DTYPE_BYTES, TensorKey, itemsize
-from moc_ckpt.state.unit import Version
+from moc_ckpt.state.unit import MoELayer, Version
 from moc_ckpt.storage.envelope import FORMAT_VERSION, open_envelope, seal_envelope
 
 __all__ = [
@@ -248,6 +248,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def version(self) -> Version:
         """(attempt, step) of the dense state."""
         return Version(self.attempt, self.step)
+
+    @property
+    def layers(self) -> tuple[MoELayer, ...]:
+        """The model's MoE layers."""
+        return tuple(MoELayer(layer.ordinal, layer.prefix, layer.num_experts) for layer in self.moe_layers)
 
     @property
     def nbytes(self) -> int:

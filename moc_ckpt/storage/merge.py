@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from moc_ckpt.errors import CoverageError, MocError, StorageError
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer, UnitMap, Version, expert_unit, parse_expert_unit
+from moc_ckpt.storage.base import choose_versions
 from moc_ckpt.storage.manifest import (
     ExtraRecord,
     FragmentTable,
@@ -117,7 +118,7 @@ def merge_parts(
     declared = {}
     absent = missing_experts(parts, moe_layers)
     _check_selected(absent, selected, first)
-    older = _choose_base(absent, base, first.step, is_admissible)
+    older = choose_versions(absent, base, first.step, is_admissible)
     reused = set().union(*(names for _, names in older))
     unit_of = UnitMap([MoELayer(layer.ordinal, layer.prefix, layer.num_experts) for layer in moe_layers]).unit_of
     for part in sorted(parts, key=lambda part: part.rank):
@@ -238,20 +239,3 @@ def _add(
         if row.pack not in pack_map:
             pack_map[row.pack] = packs.add(source.packs[row.pack])
         rows.append((unit_map[row.unit], tensor_map[row.tensor], pack_map[row.pack], *row[3:]))
-
-
-def _choose_base(
-    missing: set[str], base: Sequence[Manifest], step: int, is_admissible: Callable[[Version], bool]
-) -> list[tuple[Manifest, set[str]]]:
-    """Returns for each older manifest the experts to take from it."""
-    best: dict[str, tuple[Version, int]] = {}
-    for position, manifest in enumerate(base):
-        for unit in manifest.units:
-            if unit.name not in missing or unit.step > step or not is_admissible(unit.version):
-                continue
-            if unit.name not in best or unit.version > best[unit.name][0]:
-                best[unit.name] = (unit.version, position)
-    groups: dict[int, set[str]] = {}
-    for name, (_, position) in best.items():
-        groups.setdefault(position, set()).add(name)
-    return [(base[position], names) for position, names in sorted(groups.items())]

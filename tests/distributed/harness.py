@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from distributed import oracle, zoo
@@ -122,6 +124,26 @@ def mean_loss(ctx: Any, losses: list[str]) -> float:
 
     values = [float.fromhex(x) for x in itertools.chain.from_iterable(ctx.gather(losses))]
     return sum(values) / len(values)
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[tuple[str, str]]]:
+    """What the package logs meanwhile on this rank: (level, text)."""
+    found: list[tuple[str, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append((record.levelname, record.getMessage()))
+
+    logger, handler = logging.getLogger("moc_ckpt"), Keep()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def attempt(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

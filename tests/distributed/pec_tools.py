@@ -5,10 +5,7 @@ Nothing here uses the package: manifests are read as JSON, states through `oracl
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -266,23 +263,3 @@ class Diary:
         where, _ = engine.load_checkpoint(self.path, tag=tag)
         assert where is not None, f"nothing to load: {sorted(map(str, Path(self.path).glob('*')))}"
         return self.wrong(engine, tag, **options)
-
-
-@contextlib.contextmanager
-def logged() -> Iterator[list[tuple[str, str]]]:
-    """What the package logs meanwhile on this rank: (level, text)."""
-    found: list[tuple[str, str]] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append((record.levelname, record.getMessage()))
-
-    logger, handler = logging.getLogger("moc_ckpt"), Keep()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +47,6 @@ def files(path: str) -> set[str]:
         for file in Path(path).rglob("*")
         if file.is_file() and file.name != "commit.lock" and "attempts" not in file.parts
     }
-
-
-@contextlib.contextmanager
-def logged() -> Iterator[list[tuple[str, str]]]:
-    """What the package logs meanwhile on this rank: (level, text)."""
-    found: list[tuple[str, str]] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append((record.levelname, record.getMessage()))
-
-    logger, handler = logging.getLogger("moc_ckpt"), Keep()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 # ------------------------------------------------------------------------------- one run, two directories
@@ -139,7 +116,7 @@ def case_copied(ctx: Any, path: str, copy: str) -> dict[str, Any]:
     harness.train(engine, 1, data_seed=5)
     engine.load_checkpoint(copy)
     out: dict[str, Any] = {"loaded": harness.differences(want, harness.snapshot(ctx, engine)), "tags": []}
-    with logged() as log:
+    with harness.logged() as log:
         for tag in ("n1", "n2", "n3"):
             harness.train(engine, 1)
             engine.save_checkpoint(copy, tag=tag)
@@ -180,7 +157,7 @@ def case_aside_and_damaged(ctx: Any, aside: str, damaged: str, single: str) -> d
         ctx.barrier()
         return found
 
-    with logged() as log:
+    with harness.logged() as log:
         out["aside"] += [save(aside, "g1"), save(aside, "g2"), save(aside, "best", save_latest=False)]
         quiet = [text for _, text in log if "removed" in text]
         out["aside"] += [save(aside, "g4"), save(aside, "best", save_latest=False), save(aside, "g6")]
@@ -194,7 +171,7 @@ def case_aside_and_damaged(ctx: Any, aside: str, damaged: str, single: str) -> d
     if ctx.rank == 0:
         Path(damaged, "d1", "manifest.json").write_bytes(whole[: len(whole) // 2])
     ctx.barrier()
-    with logged() as log:
+    with harness.logged() as log:
         save(damaged, "d3")
         save(damaged, "d4")
         out["warned"] = [text for level, text in log if level == "WARNING"]

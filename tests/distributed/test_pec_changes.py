@@ -13,7 +13,6 @@ from distributed.pec_tools import (
     Diary,
     build,
     everyone,
-    logged,
     manifest,
     tags,
     verified,
@@ -49,7 +48,7 @@ def case_leg(
     out["bodies"], out["log"] = [], []
     for _ in range(saves):
         harness.train(engine, 1)
-        with logged() as log:
+        with harness.logged() as log:
             body = diary.save(engine)
         out["bodies"].append({"tag": body["tag"], "took": written(body), "versions": versions(body)})
         out["log"] += [text for level, text in log if level == "WARNING"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distributed import harness, zoo
-from distributed.pec_tools import DEADLINE, Version, build, logged, manifest, row_experts, written
+from distributed.pec_tools import DEADLINE, Version, build, manifest, row_experts, written
 from distributed.pool import Pool
 from distributed.test_pec_ledger import Gates, Truth
 
@@ -64,7 +64,7 @@ def case_dynamic(ctx: Any, path: str, script: str, max_plt: float, dynamic: bool
         return [sum(truth.updates[update][1][at] for update in truth.line) for at in range(2)]
 
     for number, word in enumerate(script):
-        with logged() as log:
+        with harness.logged() as log:
             if word == "t":
                 truth.trained(gates.train(data_seed=number))
                 engine.save_checkpoint(path)

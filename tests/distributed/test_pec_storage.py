@@ -16,7 +16,6 @@ from distributed.pec_tools import (
     Waiting,
     build,
     everyone,
-    logged,
     manifest,
     row_experts,
     tags,
@@ -309,7 +308,7 @@ def case_deleted(ctx: Any, path: str, relaunch: bool, what: str) -> dict[str, An
     out["load"] = untouched(ctx, engine, lambda: engine.load_checkpoint(diary.path))
     out["named"] = [line for line in verified(diary.path, "global_step3") if "global_step1" in line]
     if not relaunch:
-        with logged() as log:
+        with harness.logged() as log:
             body = diary.save(engine)
         out["log"] = [text for level, text in log if level == "WARNING"]
         out["took"] = sorted(written(body))

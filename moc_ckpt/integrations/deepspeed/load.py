@@ -28,7 +28,7 @@ from moc_ckpt.state.catalog import Catalog, dtype_name
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, apply_scalars, index_scalars
-from moc_ckpt.state.unit import MoELayer, UnitMap
+from moc_ckpt.state.unit import UnitMap
 from moc_ckpt.storage.checkpoint import manifest_key, read_extra
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
@@ -257,7 +257,7 @@ def _extra(store: Store, manifest: Manifest, name: str) -> bytes:
 
 
 def _stage(store: Store, manifest: Manifest, prepared: _Prepared) -> list[torch.Tensor]:
-    units = UnitMap([MoELayer(item.ordinal, item.prefix, item.num_experts) for item in manifest.moe_layers])
+    units = UnitMap(manifest.layers)
     fragments = [need.fragment for need in prepared.needs]
     return stage(store, manifest, prepared.plan, fragments, [units.unit_of(item.fqn) for item in fragments])
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -124,7 +125,9 @@ class PartialExperts:
         """Takes in what every rank owns, in rank order."""
         world = len(replies)
         dense = [reply.dense for reply in replies]
-        self.sole = Ownership.from_rows(self._experts, world, _chain(reply.sole for reply in replies), dense)
+        self.sole = Ownership.from_rows(
+            self._experts, world, chain.from_iterable(reply.sole for reply in replies), dense
+        )
         for reply in replies:
             for holders, nbytes in reply.shared_dense.items():
                 for rank, share in _evenly(nbytes, holders):
@@ -135,7 +138,7 @@ class PartialExperts:
             for (layer, expert, holders), nbytes in reply.shared.items()
             for rank, share in _evenly(nbytes, holders)
         ]
-        rows = _chain([*(reply.sole for reply in replies), spread])
+        rows = chain(*(reply.sole for reply in replies), spread)
         self.ownership = Ownership.from_rows(self._experts, world, rows, dense)
 
     @property
@@ -218,9 +221,7 @@ class PartialExperts:
         Raises:
             FormatError: if it cannot be read.
         """
-        layers = tuple((layer.ordinal, layer.prefix, layer.num_experts) for layer in manifest.moe_layers)
-        mine = tuple((layer.ordinal, layer.prefix, layer.num_experts) for layer in self._layers)
-        if manifest.ledger is None or layers != mine or not mine:
+        if manifest.ledger is None or manifest.layers != self._layers or not self._layers:
             return None
         ledger = Ledger.from_data(manifest.ledger, self._config.plt_total_tokens)
         learnt: list[list[int | None]] = [[None] * count for count in self._experts]
@@ -281,8 +282,3 @@ class PartialExperts:
         """Removes the hooks."""
         if self._counter is not None:
             self._counter.close()
-
-
-def _chain(rows: Iterable[Iterable[tuple[int, int, int, int]]]) -> Iterable[tuple[int, int, int, int]]:
-    for some in rows:
-        yield from some
