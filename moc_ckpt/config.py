@@ -15,6 +15,7 @@ from moc_ckpt.errors import ConfigError
 
 __all__ = [
     "CONFIG_KEY",
+    "HostConfig",
     "MocConfig",
     "RecoveryConfig",
     "StorageConfig",
@@ -36,7 +37,24 @@ class StorageConfig(_Section):
     checksum: Literal["crc32c"] = Field("crc32c", description="checksum of every fragment and stored chunk")
     keep_last: int = Field(3, ge=0, description="newest checkpoints that retention keeps; 0 keeps all")
     keep_every: int = Field(0, ge=0, description="steps; checkpoints at its multiples are kept for ever; 0: none")
+
+
+class HostConfig(_Section):
+    """Snapshots in host memory, and the node agent that persists them."""
+
+    memory_budget_gib: float | None = Field(
+        None, gt=0, description="GiB of shared memory per rank at most; null: as much as the configuration needs"
+    )
+    keep_committed: bool = Field(
+        False, description="keep in memory also what the last commit holds: one more full copy of the state"
+    )
+    linger_s: float = Field(600.0, ge=0, description="s; the node agent lives on for so long after the last trainer")
     writer_threads: int = Field(2, ge=1, le=64, description="threads per rank that checksum and write a pack")
+    on_busy: Literal["skip", "wait"] = Field(
+        "skip",
+        description="what an automatic snapshot or persist does while memory or storage is still busy with older ones; "
+        "an explicit save always waits",
+    )
 
 
 class RecoveryConfig(_Section):
@@ -56,6 +74,16 @@ class TimeoutsConfig(_Section):
 
     rendezvous_s: float = Field(120.0, gt=0, description="s; all ranks arrive at a save or a load within it")
     commit_s: float = Field(600.0, gt=0, description="s; all ranks have written (or read) their part within it")
+    exit_s: float = Field(600.0, gt=0, description="s; at its end a process waits so long for saves in flight")
+
+
+def _check_interval(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError('must be a number of steps, at least 0, or "auto"')
+
+
+_Interval = Annotated[int | Literal["auto"], BeforeValidator(_check_interval)]
 
 
 def _check_k(value: Any) -> Any:
@@ -70,6 +98,11 @@ _K = Annotated[int | Literal["auto"], BeforeValidator(_check_k)]
 class MocConfig(_Section):
     """All keys of the `moc_checkpoint` section."""
 
+    @property
+    def asynchronous(self) -> bool:
+        """Tells whether anything goes through host memory; otherwise saves block and need no arena and no agent."""
+        return self.save_mode == "async" or bool(self.snapshot_interval) or bool(self.persist_interval)
+
     enabled: bool = Field(False, description="turns the plugin on; off, DeepSpeed behaves as without the package")
     selection: Literal["sequential", "load_aware", "full"] = Field(
         "sequential",
@@ -79,8 +112,9 @@ class MocConfig(_Section):
     )
     k_snapshot: _K = Field(
         "auto",
-        description="experts per MoE layer in a snapshot; auto: all. Saves that block take k_persist experts, so until "
-        "snapshots are asynchronous it matters to `moc-ckpt plan` only",
+        description="experts per MoE layer in a snapshot; auto: all until the copy was measured, then as many as hide "
+        "behind the forward and backward pass. Saves that block (save_mode durable without automatic snapshots) take "
+        "k_persist experts",
     )
     k_persist: _K = Field(
         "auto",
@@ -91,6 +125,29 @@ class MocConfig(_Section):
         "fill",
         description="snapshots only (see k_snapshot); fill: add experts, the stalest first, where every owner has room "
         "below the most loaded rank",
+    )
+    snapshot_interval: _Interval = Field(
+        0,
+        description="steps between automatic snapshots into host memory, 1 for every step; 0: only when "
+        "save_checkpoint is called; auto: the smallest that hides behind training",
+    )
+    persist_interval: _Interval = Field(
+        0,
+        description="steps between automatic checkpoints in save_dir; 0: only save_checkpoint; auto: as often as "
+        "storage sustains, or with mtbf_s the interval that loses the least time",
+    )
+    save_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="path, file://, s3:// or gs:// of automatic checkpoints; save_checkpoint has its own",
+    )
+    save_mode: Literal["async", "durable"] = Field(
+        "async",
+        description="async: save_checkpoint returns once the copy is scheduled, an agent writes and commits it; "
+        "durable: it returns after the commit, as DeepSpeed's does",
+    )
+    mtbf_s: float | None = Field(
+        None, gt=0, description="s; mean time between failures of the whole job, for intervals that are auto"
     )
     sharding: Literal["adaptive", "equal"] = Field(
         "adaptive",
@@ -108,6 +165,7 @@ class MocConfig(_Section):
         "sharded: they are stored as well, split over their replicas, for readers that want weights only",
     )
     storage: StorageConfig = Field(default_factory=StorageConfig, description="see below")
+    host: HostConfig = Field(default_factory=HostConfig, description="see below")
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig, description="see below")
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig, description="see below")
 
@@ -142,6 +200,18 @@ def parse_config(section: Mapping[str, Any] | None) -> MocConfig:
             f"k_persist is {persist}, above k_snapshot {snapshot}: what is persisted is snapshotted first",
             where=f"ds_config, {CONFIG_KEY}.k_persist",
             fix=f"set k_persist to at most {snapshot}, or raise k_snapshot",
+        )
+    if config.persist_interval and config.save_dir is None:
+        raise ConfigError(
+            "persist_interval is set, but not where to save",
+            where=f"ds_config, {CONFIG_KEY}.save_dir",
+            fix="set save_dir to a directory that all nodes share, or persist_interval to 0",
+        )
+    if config.save_dir is not None and config.save_dir.startswith("memory://") and config.persist_interval:
+        raise ConfigError(
+            f"{config.save_dir} lives in one process, and the agent that saves automatically is another one",
+            where=f"ds_config, {CONFIG_KEY}.save_dir",
+            fix="use a directory or an object store",
         )
     return config
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moc_ckpt._version import __version__
+from moc_ckpt.cli.agent import agent
 from moc_ckpt.cli.inspect import inspect
 from moc_ckpt.cli.plan import PlanCommand, plan
 from moc_ckpt.cli.verify import verify
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(verify)
 app.command(cls=PlanCommand)(plan)
+app.add_typer(agent)
 
 
 def _show_version(asked: bool) -> None:

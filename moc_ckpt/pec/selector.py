@@ -15,7 +15,7 @@ from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.rotation import Experts, Rotation, advance
 from moc_ckpt.pec.selection import load_aware
 
-__all__ = ["Method", "SaveHistory", "Selection", "select"]
+__all__ = ["Method", "SaveHistory", "Selection", "after_save", "select"]
 
 _Ints = npt.NDArray[np.int64]
 
@@ -156,14 +156,29 @@ def select(
             tuple(sorted({*experts, *(expert for place, expert in must if place == layer)}))
             for layer, experts in enumerate(picked)
         )
+    return Selection(chosen, tuple(k), after_save(history, rotation, chosen, learnt, ledger))
+
+
+def after_save(
+    history: SaveHistory, rotation: Rotation, experts: Experts, learnt: Sequence[_Ints], ledger: Ledger
+) -> SaveHistory:
+    """Returns the history once a save is committed.
+
+    Args:
+        history: the history before it.
+        rotation: where the rotation is after it.
+        experts: what it took, per layer.
+        learnt: per layer, [experts] what the versions that it took have learnt, in tokens.
+        ledger: tokens at its step.
+    """
     ages, saved = [], []
-    for layer, experts in enumerate(chosen):
+    for layer, taken in enumerate(experts):
         age, tokens = history.ages[layer] + 1, history.saved[layer].copy()
-        age[list(experts)] = 0
-        tokens[list(experts)] = learnt[layer][list(experts)]
+        age[list(taken)] = 0
+        tokens[list(taken)] = learnt[layer][list(taken)]
         ages.append(age)
         saved.append(tokens)
     mark = tuple(int(tokens.sum()) for tokens in ledger.processed)
     # Two saves at one step say nothing about the distance between saves.
     marks = history.marks if mark in history.marks[-1:] else (*history.marks, mark)[-_MARKS:]
-    return Selection(chosen, tuple(k), SaveHistory(rotation, tuple(ages), tuple(saved), marks))
+    return SaveHistory(rotation, tuple(ages), tuple(saved), marks)

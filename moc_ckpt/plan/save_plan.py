@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from moc_ckpt.state.fragment import Fragment
+from moc_ckpt.state.fragment import MASTER, Fragment
 from moc_ckpt.state.unit import parse_expert_unit
 
-__all__ = ["DENSE", "EXPERTS", "PackPlan", "PlannedFragment", "SavePlan", "plan_save"]
+__all__ = ["DENSE", "EXPERTS", "PackPlan", "PlannedFragment", "SavePlan", "lay_out", "plan_save"]
 
 DENSE = "dense"
 EXPERTS = "experts"
 
 # Fragments begin at multiples of it, so that any dtype can be viewed in place.
 _ALIGNMENT = 64
+# Expert units begin at multiples of it, in their pack as in the arena: slots are then written as they are.
+_UNIT_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,28 @@ class SavePlan:
         return sum(item.fragment.nbytes for pack in self.packs for item in pack.fragments)
 
 
+def lay_out(items: Sequence[Fragment]) -> tuple[list[int], int]:
+    """Places the fragments of one expert unit, or all dense ones of a rank: in a pack and in a slot alike.
+
+    Fragments of one kind are neighbours, masters first, in the order given: what is contiguous in a flat partition of
+    the optimizer stays so (up to alignment) and is copied in one piece.
+
+    Args:
+        items: the fragments.
+
+    Returns:
+        The first byte of each fragment (a multiple of 64), in the order given, and the bytes that all take.
+    """
+    offsets = [0] * len(items)
+    end = 0
+    for index in sorted(range(len(items)), key=lambda index: (items[index].kind != MASTER, items[index].kind)):
+        offsets[index] = end
+        end = _up(end + items[index].nbytes, _ALIGNMENT)
+    return offsets, end
+
+
 def plan_save(items: Sequence[tuple[Fragment, str]]) -> SavePlan:
-    """Lays out fragments in packs: units together, dense and expert units apart.
+    """Lays out fragments in packs: dense and expert units apart, expert units one after the other (`lay_out`).
 
     Args:
         items: the fragments that this rank writes, each with its unit.
@@ -70,26 +92,33 @@ def plan_save(items: Sequence[tuple[Fragment, str]]) -> SavePlan:
     Returns:
         The plan; packs without bytes are left out.
     """
-    dense: dict[str, list[int]] = {}
+    dense: list[int] = []
     experts: dict[tuple[int, int], list[int]] = {}
     for index, (_, unit) in enumerate(items):
         expert = parse_expert_unit(unit)
-        if expert is None:
-            dense.setdefault(unit, []).append(index)
-        else:
-            experts.setdefault(expert, []).append(index)
+        (dense if expert is None else experts.setdefault(expert, [])).append(index)
     packs = (
-        _lay_out(DENSE, items, (index for indices in dense.values() for index in indices)),
-        _lay_out(EXPERTS, items, (index for expert in sorted(experts) for index in experts[expert])),
+        _pack(DENSE, items, [dense]),
+        _pack(EXPERTS, items, (experts[expert] for expert in sorted(experts))),
     )
     return SavePlan(tuple(pack for pack in packs if pack.nbytes))
 
 
-def _lay_out(name: str, items: Sequence[tuple[Fragment, str]], order: Iterable[int]) -> PackPlan:
-    offset = 0
+def _pack(name: str, items: Sequence[tuple[Fragment, str]], groups: Iterable[Sequence[int]]) -> PackPlan:
+    """Lays out groups of fragments one after the other, each from a multiple of 4096 bytes on."""
     placed: list[PlannedFragment] = []
-    for index in order:
-        fragment, unit = items[index]
-        placed.append(PlannedFragment(index, fragment, unit, offset))
-        offset += -(-fragment.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return PackPlan(name, offset, tuple(placed))
+    end = 0
+    for group in groups:
+        begin = _up(end, _UNIT_ALIGNMENT)
+        offsets, nbytes = lay_out([items[index][0] for index in group])
+        found = [
+            PlannedFragment(index, *items[index], begin + offset) for index, offset in zip(group, offsets, strict=True)
+        ]
+        # Empty fragments share their place with the next one.
+        placed += sorted(found, key=lambda item: (item.offset, item.fragment.nbytes))
+        end = begin + nbytes
+    return PackPlan(name, end, tuple(placed))
+
+
+def _up(count: int, grain: int) -> int:
+    return -(-count // grain) * grain

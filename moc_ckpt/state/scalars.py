@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,14 @@ from moc_ckpt.errors import ModelMismatchError
 from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.plain import encode_plain
 
-__all__ = ["ScalarRecord", "apply_scalars", "collect_scalars", "index_scalars"]
+__all__ = [
+    "CapturedScalars",
+    "ScalarReader",
+    "ScalarRecord",
+    "apply_scalars",
+    "collect_scalars",
+    "index_scalars",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +32,71 @@ ScalarRecord = dict[str, Any]
 
 # What names the group, or picks an implementation, belongs to the run that loads, not to the training.
 _LAYOUT_KEYS = frozenset({"params", "name", "moe", "foreach", "fused", "capturable", "differentiable"})
+
+
+class CapturedScalars(NamedTuple):
+    """What `ScalarReader.capture` copied: per set of parameters (group, names, scalars), and the options per group."""
+
+    scalars: list[tuple[int, list[str], dict[str, Any]]]
+    options: dict[int, dict[str, Any]]
+
+
+class ScalarReader:
+    """Reads the scalars of a catalog's parameters, as often as wanted; not collective.
+
+    Looking at every parameter takes milliseconds in a large model, so what to read is found once: under ZeRO it is
+    one set per flat partition.
+
+    Args:
+        catalog: this rank's catalog; the reader is of no use once the optimizer's tensors were replaced.
+        state_of: returns the optimizer's state under a key.
+    """
+
+    def __init__(self, catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping[str, Any]]) -> None:
+        self._state_of = state_of
+        self._groups = catalog.groups
+        self._kinds = catalog.moment_kinds
+        found: dict[tuple[int, int], tuple[int, torch.Tensor, list[str]]] = {}
+        for shard in catalog.shards:
+            if shard.replicas[0] == catalog.rank:
+                key = (shard.group, id(shard.state_key))
+                found.setdefault(key, (shard.group, shard.state_key, []))[2].append(shard.fqn)
+        self._sets = list(found.values())
+
+    def capture(self) -> CapturedScalars:
+        """Copies the values of this moment, those on a device without waiting for it."""
+        scalars = [
+            (
+                group,
+                names,
+                {name: _copied(value) for name, value in self._state_of(key).items() if name not in self._kinds[group]},
+            )
+            for group, key, names in self._sets
+        ]
+        options = {
+            group: {
+                name: _copied(value) for name, value in self._groups[group].options.items() if name not in _LAYOUT_KEYS
+            }
+            for group in {group for group, _, _ in self._sets}
+        }
+        return CapturedScalars(scalars, options)
+
+    def records(self, captured: CapturedScalars) -> list[ScalarRecord]:
+        """Turns captured values into records; may be called from any thread.
+
+        Raises:
+            NotPlainError: if a group has an option that is not plain data.
+        """
+        options = {group: _on_host(values) for group, values in captured.options.items()}
+        for group, values in options.items():
+            encode_plain(values, f"optimizer.param_groups[{group}]")
+        records: dict[tuple[int, bytes], ScalarRecord] = {}
+        for group, names, found in captured.scalars:
+            values = _on_host(found)
+            encoded = encode_plain(values, f"optimizer.state[{names[0]}]")
+            record = records.setdefault((group, encoded), {"fqns": [], "options": options[group], "scalars": values})
+            record["fqns"].extend(names)
+        return list(records.values())
 
 
 def collect_scalars(catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping[str, Any]]) -> list[ScalarRecord]:
@@ -37,22 +109,8 @@ def collect_scalars(catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping
     Raises:
         NotPlainError: if a group has an option that is not plain data.
     """
-    records: dict[tuple[int, bytes], ScalarRecord] = {}
-    for shard in catalog.shards:
-        if shard.replicas[0] != catalog.rank:
-            continue
-        group = catalog.groups[shard.group]
-        kinds = catalog.moment_kinds[shard.group]
-        scalars = {name: value for name, value in state_of(shard.state_key).items() if name not in kinds}
-        encoded = encode_plain(scalars, f"optimizer.state[{shard.fqn}]")
-        record = records.get((shard.group, encoded))
-        if record is None:
-            options = {name: value for name, value in group.options.items() if name not in _LAYOUT_KEYS}
-            encode_plain(options, f"optimizer.param_groups[{shard.group}]")
-            record = {"fqns": [], "options": _detached(options), "scalars": _detached(scalars)}
-            records[(shard.group, encoded)] = record
-        record["fqns"].append(shard.fqn)
-    return list(records.values())
+    reader = ScalarReader(catalog, state_of)
+    return reader.records(reader.capture())
 
 
 def index_scalars(records: Iterable[ScalarRecord]) -> dict[str, ScalarRecord]:
@@ -160,11 +218,12 @@ def _assign(target: dict[str, Any], name: str, value: Any) -> None:
         target[name] = value
 
 
-def _detached(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
-        for name, value in values.items()
-    }
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _on_host(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -31,11 +31,13 @@ class Base:
         manifests: older checkpoints that hold the experts that are not to be saved anew.
         forced: (layer, expert) of those that must be (invariant I5): the directory has no admissible version of them,
             its bytes are gone, or the expert consists of other tensors now.
+        stored: (layer, expert) -> step of the version that the directory has of the others.
         forgone: experts among them of which the directory has an admissible version that cannot be used, by reason.
     """
 
     manifests: tuple[Manifest, ...]
     forced: frozenset[tuple[int, int]]
+    stored: Mapping[tuple[int, int], int]
     forgone: Mapping[str, tuple[str, ...]]
 
 
@@ -144,7 +146,7 @@ def open_base(
     if any(manifest.layers != tuple(layers) for manifest in manifests):
         # Units are known by the number of their layer, so those of another model mean other experts.
         names = tuple(sorted(required))
-        return Base((), _places(names), {"the older checkpoints are of other MoE layers": names})
+        return Base((), _places(names), {}, {"the older checkpoints are of other MoE layers": names})
     chosen = choose_versions(required, manifests, step, lambda version: admissible(version, line))
     lost = _lost_packs(store, manifests)
     changed: list[str] = []
@@ -162,7 +164,13 @@ def open_base(
         "their packs are gone or damaged": tuple(gone),
         "they consist of other tensors now": tuple(name for name in changed if name not in set(gone)),
     }
-    return Base(tuple(manifests), _places(forced), {reason: names for reason, names in reasons.items() if names})
+    steps = {
+        place: unit.step
+        for manifest, own in chosen
+        for unit in manifest.units
+        if unit.name in own and unit.name not in forced and (place := parse_expert_unit(unit.name)) is not None
+    }
+    return Base(tuple(manifests), _places(forced), steps, {reason: names for reason, names in reasons.items() if names})
 
 
 def _places(units: Iterable[str]) -> frozenset[tuple[int, int]]:

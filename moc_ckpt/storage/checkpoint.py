@@ -5,10 +5,20 @@ from __future__ import annotations
 import re
 import uuid
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from moc_ckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, StorageError, UnsupportedError
+import msgspec
+
+from moc_ckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    FormatError,
+    MocError,
+    StorageError,
+    UnsupportedError,
+)
 from moc_ckpt.storage.checksum import crc32c
+from moc_ckpt.storage.envelope import open_envelope, seal_envelope
 from moc_ckpt.storage.manifest import ExtraRecord, Manifest, Part, decode_manifest, decode_part, encode_part
 from moc_ckpt.storage.store import Store
 
@@ -17,22 +27,31 @@ __all__ = [
     "EVENTS",
     "LATEST",
     "LOCK",
+    "STATE",
     "CheckpointSummary",
+    "Outcome",
+    "PartsStatus",
     "check_save_id",
     "check_tag",
     "extra_key",
+    "failure_key",
     "latest_tag",
     "list_checkpoints",
     "list_tags",
     "load_manifest",
     "manifest_key",
     "new_save_id",
+    "outcome_key",
     "pack_key",
     "part_key",
+    "parts_status",
     "read_extra",
+    "read_outcome",
     "read_parts",
     "save_prefix",
     "write_extra",
+    "write_failure",
+    "write_outcome",
     "write_part",
 ]
 
@@ -41,10 +60,15 @@ ATTEMPTS = "attempts"
 EVENTS = "events"
 LOCK = "commit.lock"
 """Held by a commit, by the opening of an attempt and by garbage collection."""
+STATE = "state.msgpack"
+"""The extra file that a commit merges from the parts."""
 _MANIFEST = "manifest.json"
+_OUTCOME = "outcome.json"
+_MOST_FAILURES = 4
 _RESERVED = frozenset({LATEST, ATTEMPTS, EVENTS, LOCK, "lock"})
 _SAVE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
 _PART = re.compile(r"/parts/rank_(\d{5,})\.json$")
+_FAILURE = re.compile(r"/parts/rank_(\d{5,})\.failed\.json$")
 _NATIVE = re.compile(r"(_model_states|_optim_states)\.pt$")
 
 
@@ -73,6 +97,48 @@ class CheckpointSummary:
     stored_bytes: int
     parameters: int
     error: str = ""
+
+    @property
+    def order(self) -> tuple[int, int, float]:
+        """As `Manifest.order`."""
+        return self.attempt, self.step, self.created
+
+
+class PartsStatus(NamedTuple):
+    """How far the ranks of a save are.
+
+    Attributes:
+        done: ranks whose part is there.
+        failed: what went wrong, by rank.
+    """
+
+    done: set[int]
+    failed: dict[int, str]
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a save ended, for those who wait for it.
+
+    Attributes:
+        committed: the checkpoint exists.
+        error: why it does not; empty if it does.
+        attempt: attempt of the save.
+        step: engine.global_steps of the save.
+        stored_bytes: bytes that it added to the storage.
+    """
+
+    committed: bool
+    error: str = ""
+    attempt: int = 0
+    step: int = 0
+    stored_bytes: int = 0
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    rank: int
+    what: str
+    where: str = ""
+    fix: str = ""
 
 
 def check_tag(tag: str) -> str:
@@ -120,6 +186,16 @@ def part_key(tag: str, save_id: str, rank: int) -> str:
     return f"{save_prefix(tag, save_id)}/parts/rank_{rank:05d}.json"
 
 
+def failure_key(tag: str, save_id: str, rank: int) -> str:
+    """Returns the key of the note that a rank cannot finish its part of a save."""
+    return f"{save_prefix(tag, save_id)}/parts/rank_{rank:05d}.failed.json"
+
+
+def outcome_key(tag: str, save_id: str) -> str:
+    """Returns the key of the note how a save ended."""
+    return f"{save_prefix(tag, save_id)}/{_OUTCOME}"
+
+
 def pack_key(tag: str, save_id: str, rank: int, which: str) -> str:
     """Returns the directory of a pack; `which` is `dense` or `experts`."""
     if which not in ("dense", "experts"):
@@ -154,6 +230,64 @@ def read_parts(store: Store, tag: str, save_id: str) -> list[Part]:
         if data is not None:
             parts.append(decode_part(data, store.locate(key)))
     return sorted(parts, key=lambda part: part.rank)
+
+
+def parts_status(store: Store, tag: str, save_id: str) -> PartsStatus:
+    """Returns which ranks have finished or failed, from one listing; reads the failures' notes only.
+
+    Raises:
+        StorageError: if the store cannot be listed.
+    """
+    status = PartsStatus(set(), {})
+    for key in store.list(f"{save_prefix(tag, save_id)}/parts"):
+        if found := _PART.search(key):
+            status.done.add(int(found[1]))
+        elif found := _FAILURE.search(key):
+            status.failed[int(found[1])] = _failure_text(store, key)
+    return status
+
+
+def _failure_text(store: Store, key: str) -> str:
+    where = store.locate(key)
+    try:
+        failure = open_envelope(store.read(key) or b"", _Failure, where)
+    except StorageError as error:
+        return f"it failed, and the note about it cannot be read: {error.what}"
+    return str(MocError(failure.what, where=failure.where, fix=failure.fix))
+
+
+def write_failure(store: Store, tag: str, save_id: str, rank: int, error: BaseException | str) -> None:
+    """Notes that a rank cannot finish its part, so that nobody waits for it.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    if isinstance(error, MocError):
+        failure = _Failure(rank, error.what, error.where, error.fix)
+    else:
+        failure = _Failure(rank, error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+    store.write(failure_key(tag, save_id, rank), seal_envelope(failure))
+
+
+def write_outcome(store: Store, tag: str, save_id: str, outcome: Outcome) -> None:
+    """Notes how a save ended. The manifest decides whether the checkpoint exists; this saves others from asking.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    store.write(outcome_key(tag, save_id), seal_envelope(outcome))
+
+
+def read_outcome(store: Store, tag: str, save_id: str) -> Outcome | None:
+    """Returns how a save ended, None if nobody has noted it yet.
+
+    Raises:
+        CorruptionError: if the note is damaged.
+        FormatError: if it is of a newer format version.
+    """
+    key = outcome_key(tag, save_id)
+    data = store.read(key)
+    return None if data is None else open_envelope(data, Outcome, store.locate(key))
 
 
 def write_extra(store: Store, tag: str, save_id: str, name: str, data: bytes) -> ExtraRecord:
@@ -217,7 +351,7 @@ def list_tags(store: Store) -> list[str]:
 
 
 def list_checkpoints(store: Store) -> list[CheckpointSummary]:
-    """Returns the committed checkpoints, the newest commit first; those that cannot be read come last.
+    """Returns the committed checkpoints, the newest first (`Manifest.order`); those that cannot be read come last.
 
     Raises:
         StorageError: if the store cannot be listed.
@@ -228,7 +362,7 @@ def list_checkpoints(store: Store) -> list[CheckpointSummary]:
             found.append(_summarize(load_manifest(store, tag)))
         except StorageError as exc:
             found.append(CheckpointSummary(tag, 0, 0, 0.0, "", 0, 0, 0, error=exc.what))
-    return sorted(found, key=lambda item: (item.attempt, item.created, item.step), reverse=True)
+    return sorted(found, key=lambda item: item.order, reverse=True)
 
 
 def _summarize(manifest: Manifest) -> CheckpointSummary:
@@ -294,11 +428,17 @@ def _explain_missing(store: Store, tag: str) -> NoReturn:
     saves = sorted({key.split("/")[1] for key in keys if _PART.search(key) or "/packs/" in key})
     if saves:
         raise CheckpointNotFoundError(
-            f"checkpoint {tag!r} was not finished: {_count_parts(keys)}, but it was never committed",
+            f"checkpoint {tag!r} was not finished: {_count_parts(keys)}, but it was never committed"
+            + _failures(store, keys),
             where=store.locate(tag),
             fix=f"use another one ({there})",
         )
     raise CheckpointNotFoundError(f"there is no checkpoint {tag!r}", where=store.url, fix=there)
+
+
+def _failures(store: Store, keys: list[str]) -> str:
+    told = [(int(found[1]), _failure_text(store, key)) for key in keys if (found := _FAILURE.search(key))]
+    return "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(told)[:_MOST_FAILURES])
 
 
 def _count_parts(keys: list[str]) -> str:

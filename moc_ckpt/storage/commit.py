@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
 
 import msgspec
 
-from moc_ckpt.errors import CorruptionError, StaleAttemptError, StorageError
-from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
+from moc_ckpt.errors import CorruptionError, CoverageError, StaleAttemptError, StorageError
+from moc_ckpt.storage.attempts import Ancestry, admissible, ancestry, current_attempt
 from moc_ckpt.storage.base import find_base
 from moc_ckpt.storage.checkpoint import (
     ATTEMPTS,
     LATEST,
     LOCK,
+    STATE,
+    Outcome,
+    PartsStatus,
     check_tag,
     latest_tag,
-    list_checkpoints,
     load_manifest,
     manifest_key,
+    parts_status,
+    read_outcome,
     read_parts,
+    write_extra,
+    write_failure,
+    write_outcome,
 )
-from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Part, Topology, encode_manifest
-from moc_ckpt.storage.merge import merge_parts, missing_experts
+from moc_ckpt.storage.manifest import Manifest, Part, encode_manifest
+from moc_ckpt.storage.merge import check_parts, commit_info, merge_parts, merge_state, missing_experts
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store
 
-__all__ = ["check_current", "commit"]
+__all__ = [
+    "Outcome",
+    "PartsStatus",
+    "check_current",
+    "commit",
+    "parts_status",
+    "read_outcome",
+    "write_failure",
+    "write_outcome",
+]
 
 _CHECKS_AT_ONCE = 8
 
@@ -37,19 +53,12 @@ def commit(
     store: Store,
     tag: str,
     save_id: str,
-    world: int,
     *,
     attempt: int,
-    topology: Topology,
-    moe_layers: Sequence[MoELayerRecord],
-    parameters: int,
-    save_latest: bool = True,
-    ledger: dict[str, Any] | None = None,
     base: Sequence[Manifest] | None = None,
-    selected: Collection[str] | None = None,
     timeout_s: float = 60.0,
 ) -> Manifest:
-    """Publishes a save whose parts are all there.
+    """Publishes a save whose parts are all there. Everything it needs to know is in the parts.
 
     A save that is already committed is left as it is, so several may try. Holds the directory's lock, so that neither
     garbage collection nor a new attempt comes in between.
@@ -58,23 +67,17 @@ def commit(
         store: the checkpoint root.
         tag: the checkpoint's name.
         save_id: the save; parts of others are ignored.
-        world: number of ranks.
         attempt: the attempt that commits; must be the newest one.
-        topology: the run that saves.
-        moe_layers: the model's MoE layers.
-        parameters: number of parameters.
-        save_latest: let `latest` name this checkpoint.
-        ledger: the lost-token ledger as plain data.
         base: older checkpoints to take those experts from that no part holds; None: as many of this directory as
             needed, the newest commit first.
-        selected: expert units that this save took; none of them comes from an older checkpoint. None leaves it open.
         timeout_s: seconds to wait for the lock.
 
     Returns:
         The manifest.
 
     Raises:
-        StaleAttemptError: if a newer attempt owns the directory, or the save is not in this attempt's past.
+        StaleAttemptError: if a newer attempt owns the directory, the save is not in this attempt's past, or the tag
+            has a newer checkpoint already.
         CoverageError: if parts are missing or do not make a whole checkpoint.
         CorruptionError: if a pack that it needs is missing or has the wrong size.
         StorageError: if the store cannot be written or the lock is taken.
@@ -82,35 +85,38 @@ def commit(
     check_tag(tag)
     with store.lock(LOCK, timeout_s):
         check_current(store, attempt)
-        done = _already_committed(store, tag, save_id)
-        if done is not None:
-            if save_latest and _is_newest(store, done):
-                store.write(LATEST, tag.encode())
-            return done
-        parts = [part for part in read_parts(store, tag, save_id) if part.save_id == save_id]
-        _check_world(parts, world, f"{tag}/{save_id}")
         line = ancestry(store, attempt)
-        _check_timeline(store, parts, attempt, line)
-        step = parts[0].step if parts else 0
-        if base is None:
-            base = find_base(store, missing_experts(parts, moe_layers), step, line)
-        manifest = merge_parts(
-            parts,
-            topology=topology,
-            moe_layers=moe_layers,
-            parameters=parameters,
-            created=time.time(),
-            base=base,
-            is_admissible=lambda version: admissible(version, line),
-            ledger=ledger,
-            selected=selected,
-        )
-        manifest = msgspec.structs.replace(manifest, kept=not save_latest)
-        _check_files(store, manifest)
-        store.write(manifest_key(tag), encode_manifest(manifest))
-        if save_latest:
-            store.write(LATEST, tag.encode())
-    return manifest
+        done = _existing(store, tag)
+        if done is None or done.save_id != save_id:
+            parts = _read(store, tag, save_id)
+            manifest = _merge(store, parts, attempt, line, base)
+            if done is not None and _is_later(done, manifest, line):
+                raise StaleAttemptError(
+                    f"checkpoint {tag} is of step {done.step} already, this save is of step {manifest.step}",
+                    where=store.locate(f"{tag}/{save_id}"),
+                    fix="nothing is lost: a later save under the same tag was committed first",
+                )
+            state = write_extra(store, tag, save_id, STATE, merge_state(parts))
+            done = msgspec.structs.replace(manifest, extra={**manifest.extra, STATE: state})
+            _check_files(store, done)
+            store.write(manifest_key(tag), encode_manifest(done))
+        if not done.kept:
+            _move_latest(store, done, line)
+    return done
+
+
+def _read(store: Store, tag: str, save_id: str) -> list[Part]:
+    """Returns the parts of a save, checked to be one of every rank."""
+    parts = [part for part in read_parts(store, tag, save_id) if part.save_id == save_id]
+    try:
+        check_parts(parts)
+    except CoverageError as error:
+        failed = parts_status(store, tag, save_id).failed
+        if not failed:
+            raise
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(failed.items()))
+        raise CoverageError(f"{error.what} ({told})", where=error.where, fix=error.fix) from error
+    return parts
 
 
 def check_current(store: Store, attempt: int) -> None:
@@ -129,32 +135,42 @@ def check_current(store: Store, attempt: int) -> None:
         )
 
 
-def _already_committed(store: Store, tag: str, save_id: str) -> Manifest | None:
-    """Returns the manifest if this very save is committed (a damaged or other manifest is going to be replaced)."""
+def _existing(store: Store, tag: str) -> Manifest | None:
+    """Returns the tag's manifest; None if there is none or it is damaged (it is going to be replaced then)."""
     try:
-        manifest = load_manifest(store, tag) if store.exists(manifest_key(tag)) else None
+        return load_manifest(store, tag) if store.exists(manifest_key(tag)) else None
     except StorageError:
         return None
-    return manifest if manifest is not None and manifest.save_id == save_id else None
 
 
-def _is_newest(store: Store, manifest: Manifest) -> bool:
-    """Tells whether `latest` should name this commit; a crash may have come between manifest and `latest`."""
-    newest = next((item for item in list_checkpoints(store) if not item.error), None)
-    return newest is not None and newest.tag == manifest.tag and latest_tag(store) != manifest.tag
+def _is_later(other: Manifest, manifest: Manifest, line: Ancestry) -> bool:
+    """Tells whether `other` is from later in the same timeline."""
+    return other.version > manifest.version and admissible(other.version, line)
 
 
-def _check_world(parts: Sequence[Part], world: int, where: str) -> None:
-    for part in parts:
-        if part.world != world:
-            raise StorageError(
-                f"rank {part.rank} wrote its part in a world of {part.world} ranks, the commit is of {world}",
-                where=where,
-                fix="no checkpoint was committed; save again",
-            )
+def _move_latest(store: Store, manifest: Manifest, line: Ancestry) -> None:
+    """Lets `latest` name a commit unless it names a later one: saves may be committed late, or again after a crash."""
+    named = None
+    with suppress(StorageError):  # a damaged one is replaced
+        named = latest_tag(store)
+    if named == manifest.tag:
+        return
+    present = _existing(store, named) if named is not None else None
+    if present is None or not _is_later(present, manifest, line):
+        store.write(LATEST, manifest.tag.encode())
 
 
-def _check_timeline(store: Store, parts: Sequence[Part], attempt: int, line: list[tuple[int, int | None]]) -> None:
+def _merge(
+    store: Store, parts: Sequence[Part], attempt: int, line: Ancestry, base: Sequence[Manifest] | None
+) -> Manifest:
+    """Makes the manifest from the parts, still without `state.msgpack`."""
+    _check_timeline(store, parts, attempt, line)
+    if base is None:
+        base = find_base(store, missing_experts(parts, commit_info(parts).moe_layers), parts[0].step, line)
+    return merge_parts(parts, created=time.time(), base=base, is_admissible=lambda version: admissible(version, line))
+
+
+def _check_timeline(store: Store, parts: Sequence[Part], attempt: int, line: Ancestry) -> None:
     """Refuses a save of an older attempt that the current one did not continue from (it was rolled back)."""
     for part in parts:
         if not admissible((part.attempt, part.step), line):

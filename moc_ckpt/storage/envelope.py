@@ -11,7 +11,7 @@ from moc_ckpt.storage.checksum import crc32c
 
 __all__ = ["FORMAT_VERSION", "open_envelope", "seal_envelope"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the checkpoint format that this package writes; it reads this one and older ones."""
 
 _T = TypeVar("_T")

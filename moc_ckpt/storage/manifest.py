@@ -17,6 +17,7 @@ from moc_ckpt.storage.envelope import FORMAT_VERSION, open_envelope, seal_envelo
 
 __all__ = [
     "FORMAT_VERSION",
+    "CommitInfo",
     "ExtraRecord",
     "FragmentRow",
     "FragmentTable",
@@ -171,8 +172,30 @@ class MoELayerRecord(msgspec.Struct, frozen=True):
     num_experts: int
 
 
+class CommitInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a commit needs beside the parts' lists; rank 0 says it, so that any process can commit from storage alone.
+
+    Attributes:
+        topology: the run that saves; its world is taken from the parts.
+        moe_layers: the model's MoE layers.
+        save_latest: let `latest` name the checkpoint.
+        ledger: the lost-token ledger as plain data.
+        selected: expert units that this save took; none of them comes from an older checkpoint. None leaves it open.
+        state: what goes into `state.msgpack`, an encoded map without `optimizer` and `rng_shared`.
+    """
+
+    topology: Topology
+    moe_layers: list[MoELayerRecord]
+    save_latest: bool = True
+    ledger: dict[str, Any] | None = None
+    selected: list[str] | None = None
+    state: bytes = b"\x80"
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank wrote for one save.
+
+    Dense units have the version of the save. Expert units may have an older one, the same in all parts.
 
     Attributes:
         tag: the checkpoint's name.
@@ -187,6 +210,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         packs: packs this rank wrote.
         fragments: the fragments in them.
         extra: files beside the packs, by name.
+        parameters: number of parameters of which this rank is the first replica.
+        rng: digest of each random number stream of this rank, by name.
+        optimizer: its optimizer's scalar records, encoded; opaque here.
+        commit: what the commit needs; rank 0 only.
         format_version: version of the format.
     """
 
@@ -202,7 +229,16 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     packs: list[PackRecord]
     fragments: FragmentTable
     extra: dict[str, ExtraRecord] = {}
+    parameters: int = 0
+    rng: dict[str, str] = {}
+    optimizer: bytes = b""
+    commit: CommitInfo | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def version(self) -> Version:
+        """(attempt, step) of the save."""
+        return Version(self.attempt, self.step)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -248,6 +284,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def version(self) -> Version:
         """(attempt, step) of the dense state."""
         return Version(self.attempt, self.step)
+
+    @property
+    def order(self) -> tuple[int, int, float]:
+        """Sorts the checkpoints of a directory, the newest last. The time decides last: clocks jump."""
+        return self.attempt, self.step, self.created
 
     @property
     def layers(self) -> tuple[MoELayer, ...]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+import msgspec
 
 from moc_ckpt.errors import CoverageError, MocError, StorageError
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer, UnitMap, Version, expert_unit, parse_expert_unit
 from moc_ckpt.storage.base import choose_versions
 from moc_ckpt.storage.manifest import (
+    CommitInfo,
     ExtraRecord,
     FragmentTable,
     Manifest,
@@ -17,11 +20,10 @@ from moc_ckpt.storage.manifest import (
     PackRecord,
     Part,
     TensorRecord,
-    Topology,
     UnitRecord,
 )
 
-__all__ = ["merge_parts", "missing_experts"]
+__all__ = ["check_parts", "commit_info", "merge_parts", "merge_state", "missing_experts"]
 
 _R = TypeVar("_R")
 
@@ -76,40 +78,75 @@ def missing_experts(parts: Iterable[Part], layers: Sequence[MoELayerRecord]) -> 
     return everyone - present
 
 
+def commit_info(parts: Iterable[Part]) -> CommitInfo:
+    """Returns what rank 0 says about the save.
+
+    Raises:
+        CoverageError: if no part says it.
+    """
+    for part in parts:
+        if part.rank == 0 and part.commit is not None:
+            return part.commit
+    raise CoverageError(
+        "no part says what the save is of (rank 0 does, in its part)",
+        fix="wait for rank 0, or save again; an older moc_ckpt's unfinished save cannot be committed",
+    )
+
+
+def merge_state(parts: Sequence[Part]) -> bytes:
+    """Makes `state.msgpack`: rank 0's map, the distinct optimizer blobs in order of rank, and the shared RNG streams.
+
+    Args:
+        parts: one per rank, in any order.
+
+    Returns:
+        A msgpack map; `optimizer` is a list of binaries, `rng_shared` the names of the streams that all ranks share.
+
+    Raises:
+        CoverageError: if rank 0's part does not say what the save is of.
+        StorageError: if what it says is not a map.
+    """
+    info = commit_info(parts)
+    try:
+        state = msgspec.msgpack.decode(info.state, type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError as exc:
+        raise StorageError(
+            f"the state that rank 0 gave is not a map: {exc}", fix="no checkpoint was committed; report this"
+        ) from exc
+    ordered = sorted(parts, key=lambda part: part.rank)
+    first = ordered[0]
+    blobs = list(dict.fromkeys(part.optimizer for part in ordered if part.optimizer))
+    shared = [name for name, digest in first.rng.items() if all(part.rng.get(name) == digest for part in ordered)]
+    merged: dict[str, object] = {**state, "optimizer": blobs, "rng_shared": shared}
+    return msgspec.msgpack.encode(merged)
+
+
 def merge_parts(
     parts: Sequence[Part],
     *,
-    topology: Topology,
-    moe_layers: Sequence[MoELayerRecord],
-    parameters: int,
     created: float,
     base: Sequence[Manifest] = (),
     is_admissible: Callable[[Version], bool] = lambda version: True,
-    ledger: dict[str, Any] | None = None,
-    selected: Collection[str] | None = None,
 ) -> Manifest:
     """Makes the manifest of one save, and checks that it is complete (invariants I1, I3).
 
     Args:
-        parts: one per rank, in any order.
-        topology: the run that saves.
-        moe_layers: the model's MoE layers.
-        parameters: number of parameters.
+        parts: one per rank, in any order; that of rank 0 with `commit`.
         created: time of the commit in seconds since 1970.
         base: older checkpoints of the same directory; an expert that no part holds is taken from the one that has
             its newest admissible version not after this step.
         is_admissible: tells whether a version belongs to the current timeline.
-        ledger: the lost-token ledger as plain data.
-        selected: expert units that this save took, which the parts must therefore hold; None leaves it open.
 
     Returns:
-        The manifest.
+        The manifest, still without `state.msgpack`.
 
     Raises:
         CoverageError: if a rank is missing, ranks disagree, or the fragments leave a hole or overlap.
         StorageError: if ranks wrote different files under one name.
     """
-    first = _check_parts(parts)
+    first = check_parts(parts)
+    info = commit_info(parts)
+    moe_layers = info.moe_layers
     tensors = _Index[TensorRecord](lambda record: record.key, _tensor_clash)
     units = _Index[UnitRecord](lambda record: record.name, _unit_clash)
     packs = _Index[PackRecord](lambda record: record.path, _pack_clash)
@@ -117,7 +154,7 @@ def merge_parts(
     extra: dict[str, ExtraRecord] = {}
     declared = {}
     absent = missing_experts(parts, moe_layers)
-    _check_selected(absent, selected, first)
+    _check_selected(absent, info.selected, first)
     older = choose_versions(absent, base, first.step, is_admissible)
     reused = set().union(*(names for _, names in older))
     unit_of = UnitMap([MoELayer(layer.ordinal, layer.prefix, layer.num_experts) for layer in moe_layers]).unit_of
@@ -136,7 +173,7 @@ def merge_parts(
                     where=f"{extra[name].path} and {record.path}",
                     fix="put the rank into the name",
                 )
-    _check_versions(units.records, first)
+    _check_versions(units.records, first, is_admissible)
     for source, names in older:
         for tensor in source.tensors:
             if EXPERTS_MARK in tensor.fqn and unit_of(tensor.fqn) in names:
@@ -152,19 +189,25 @@ def merge_parts(
         attempt=first.attempt,
         step=first.step,
         created=created,
-        topology=topology,
-        moe_layers=list(moe_layers),
-        parameters=parameters,
+        topology=msgspec.structs.replace(info.topology, world=first.world),
+        moe_layers=moe_layers,
+        parameters=sum(part.parameters for part in parts),
         units=units.records,
         tensors=tensors.records,
         packs=packs.records,
         fragments=FragmentTable.from_rows(rows),
         extra=extra,
-        ledger=ledger,
+        ledger=info.ledger,
+        kept=not info.save_latest,
     )
 
 
-def _check_parts(parts: Sequence[Part]) -> Part:
+def check_parts(parts: Sequence[Part]) -> Part:
+    """Checks that there is one part of every rank of one save; returns the first of them.
+
+    Raises:
+        CoverageError: if not; names the ranks.
+    """
     if not parts:
         raise CoverageError("no rank has finished its part of the save", fix="wait for the ranks, or save again")
     first = parts[0]
@@ -205,17 +248,23 @@ def _check_selected(absent: set[str], selected: Collection[str] | None, save: Pa
         )
 
 
-def _check_versions(units: Sequence[UnitRecord], save: Part) -> None:
-    """Checks that all dense units are from one version, that of the save, and no expert is newer (I3)."""
-    dense = next((unit.version for unit in units if parse_expert_unit(unit.name) is None), None)
+def _check_versions(units: Sequence[UnitRecord], save: Part, is_admissible: Callable[[Version], bool]) -> None:
+    """Checks that all dense units have the version of the save, and every expert one of its past (I3)."""
     for unit in units:
         expert = parse_expert_unit(unit.name) is not None
-        if unit.step > save.step or (not expert and (unit.step != save.step or unit.version != dense)):
+        wrong = unit.step > save.step or unit.attempt > save.attempt if expert else unit.version != save.version
+        if wrong:
             raise CoverageError(
                 f"{unit.name} is from step {unit.step} of attempt {unit.attempt}, the save is of step {save.step} "
                 f"of attempt {save.attempt}",
                 where=unit.name,
                 fix="all dense units must be from the step of the save and no expert newer than it; report this",
+            )
+        if unit.version != save.version and not is_admissible(unit.version):
+            raise CoverageError(
+                f"{unit.name} is from step {unit.step} of attempt {unit.attempt}, which a restart has rolled back",
+                where=unit.name,
+                fix="no checkpoint was committed; save again, and report this",
             )
 
 

@@ -33,7 +33,7 @@ class PackReader:
         store: the checkpoint root.
         key: directory of the pack in it.
         nbytes: payload bytes that the manifest gives for it.
-        threads: sub-chunks in flight at once; each needs up to 8 MiB (16 MiB in an object store).
+        threads: sub-chunks in flight at once; each needs up to 16 MiB (32 MiB in an object store).
     """
 
     def __init__(self, store: Store, key: str, nbytes: int, *, threads: int = 4) -> None:

@@ -1,4 +1,7 @@
-"""Writing packs: one pass over the source, checksums and disk writes on worker threads."""
+"""Writing packs: one pass over the source, checksums and disk writes on worker threads.
+
+A source that can show its memory (`pieces`) is written straight from there; the others fill staging buffers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -24,7 +27,7 @@ from moc_ckpt.storage.checksum import crc32c, crc32c_combine
 from moc_ckpt.storage.local import LocalStore, fsync_dir, make_dirs, raise_storage_error, temporary_name
 from moc_ckpt.storage.pack_layout import (
     ALIGNMENT,
-    MAX_FRAME,
+    MAX_CHUNK,
     METADATA_FILE,
     REMOTE_SHARD_BYTES,
     SHARD_BYTES,
@@ -34,7 +37,10 @@ from moc_ckpt.storage.pack_layout import (
 )
 from moc_ckpt.storage.store import Store
 
-__all__ = ["ByteSource", "PackResult", "write_pack"]
+__all__ = ["ByteSource", "PackResult", "PieceSource", "write_pack"]
+
+
+_IOV_MAX = 1024
 
 
 class ByteSource(Protocol):
@@ -43,7 +49,21 @@ class ByteSource(Protocol):
     def read_into(self, dst: np.ndarray, offset: int) -> None:
         """Fills `dst` (uint8, one dimension) with the pack's bytes [offset, offset + len(dst)), gaps with zeros.
 
-        Called with increasing offsets from the thread that called `write_pack`.
+        Called with increasing offsets from the thread that called `write_pack`, but for a `PieceSource`.
+        """
+
+
+class PieceSource(ByteSource, Protocol):
+    """A source whose bytes lie in host memory that does not change while the pack is written.
+
+    On a file system both methods are called from several threads at once, in any order.
+    """
+
+    def pieces(self, offset: int, nbytes: int) -> Sequence[np.ndarray | memoryview] | None:
+        """Returns memory (uint8) that holds the pack's bytes [offset, offset + nbytes), piece by piece, without a copy.
+
+        Both numbers are multiples of 4096, and so must be the address and the length of every piece. None where this
+        range cannot be shown so: `read_into` is called for it then.
         """
 
 
@@ -61,9 +81,9 @@ class PackResult:
 
 
 class _BufferPool:
-    """Page-aligned staging buffers, touched once and kept for the life of the process."""
+    """Page-aligned staging buffers, kept for the life of the process."""
 
-    KEEP = 8
+    KEEP = 6
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
@@ -73,10 +93,9 @@ class _BufferPool:
         with self._lock:
             if self._free:
                 return self._free.pop()
-        buffer = mmap.mmap(-1, MAX_FRAME)
+        buffer = mmap.mmap(-1, MAX_CHUNK + ALIGNMENT)
         with suppress(OSError, AttributeError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(buffer, dtype=np.uint8)[:: mmap.PAGESIZE] = 0
         return buffer
 
     def give(self, buffer: mmap.mmap) -> None:
@@ -103,17 +122,22 @@ class _EntryChecksums:
         self._starts = [offset for offset, _ in entries]
         self._pieces: dict[int, list[tuple[int, int, int]]] = {}
 
-    def add(self, offset: int, data: np.ndarray) -> None:
-        """Takes the pack's bytes from `offset` on. Thread-safe for different ranges."""
+    def add(self, offset: int, data: np.ndarray) -> int:
+        """Takes the pack's bytes from `offset` on; returns their crc32c. Thread-safe for different ranges."""
         end = offset + len(data)
+        total, at = 0, offset
         index = max(bisect_right(self._starts, offset) - 1, 0)
         while index < len(self._entries) and self._starts[index] < end:
             start, length = self._entries[index]
             low, high = max(start, offset), min(start + length, end)
             if low < high:
-                piece = (low, high - low, crc32c(data[low - offset : high - offset]))
-                self._pieces.setdefault(index, []).append(piece)
+                crc = crc32c(data[low - offset : high - offset])
+                self._pieces.setdefault(index, []).append((low, high - low, crc))
+                total = crc32c(data[at - offset : low - offset], total)
+                total = crc32c_combine(total, crc, high - low)
+                at = high
             index += 1
+        return crc32c(data[at - offset :], total)
 
     def results(self) -> list[int]:
         """Returns the checksum of every entry, once all bytes have been added."""
@@ -138,14 +162,15 @@ def write_pack(
 ) -> PackResult:
     """Writes a pack; when it returns, the pack is durable.
 
-    Memory: `threads` + 2 staging buffers of 8 MiB on a file system, two objects (of 256 MiB at most) elsewhere.
+    Memory: on a file system `threads` + 2 staging buffers of 16 MiB at most, none for what the source shows in pieces;
+    elsewhere two objects (of 256 MiB at most).
 
     Args:
         store: the checkpoint root.
         key: directory of the pack in it; must not hold another pack.
         nbytes: payload bytes; with 0 nothing is written.
         entries: (offset, bytes) of the fragments, ascending and disjoint.
-        source: gives the bytes.
+        source: gives the bytes; see `PieceSource` for writing without a copy.
         threads: worker threads for checksums and writes, at least 1.
         shard_bytes: size limit of one object in bytes; None for the store's default.
 
@@ -170,17 +195,17 @@ def write_pack(
 
 
 def _fill_frame(frame: np.ndarray, layout: PackLayout, chunk: int, source: ByteSource) -> None:
-    """Lets the source fill one sub-chunk, with zeros behind the pack's end."""
+    """Lets the source fill one sub-chunk, with zeros behind the pack's end and behind the checksum's place."""
     size = layout.chunk_bytes(chunk)
     source.read_into(frame[:size], chunk * layout.chunk)
-    frame[size : layout.chunk] = 0
+    frame[size:] = 0
 
 
 def _seal_frame(frame: np.ndarray, layout: PackLayout, chunk: int, sums: _EntryChecksums) -> None:
     """Adds the sub-chunk's checksum behind it and notes those of the entries in it."""
-    payload = frame[: layout.chunk]
-    struct.pack_into("<I", frame.data, layout.chunk, crc32c(payload))
-    sums.add(chunk * layout.chunk, payload[: layout.chunk_bytes(chunk)])
+    size = layout.chunk_bytes(chunk)
+    crc = sums.add(chunk * layout.chunk, frame[:size])
+    struct.pack_into("<I", frame.data, layout.chunk, crc32c(frame[size : layout.chunk], crc))
 
 
 # ---- file systems ----
@@ -220,49 +245,131 @@ def _write_shard(
     buffers: int,
 ) -> None:
     size, first = layout.shard_bytes(shard), shard * layout.chunks_per_shard
-    fd, direct = _open_for_write(path, direct=layout.frame % ALIGNMENT == 0)
+    fd, direct = _open_for_write(path, direct=layout.aligned)
+    try:
+        _allocate(fd, -(-size // ALIGNMENT) * ALIGNMENT if direct else size)
+        count = layout.shard_chunks(shard)
+        if layout.aligned and hasattr(source, "pieces"):
+            _write_pieces(fd, layout, first, count, sums, cast("PieceSource", source), workers)
+        else:
+            _write_staged(fd, layout, first, count, sums, source, workers, buffers)
+        _write_index(fd, layout, shard, direct=direct)
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_staged(
+    fd: int,
+    layout: PackLayout,
+    first: int,
+    count: int,
+    sums: _EntryChecksums,
+    source: ByteSource,
+    workers: ThreadPoolExecutor,
+    buffers: int,
+) -> None:
+    """Fills buffers on this thread, one sub-chunk after the other, and lets the workers write them."""
     free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-    failures: list[BaseException] = []
-    maps = [_take_buffer(layout.frame) for _ in range(min(buffers, layout.shard_chunks(shard)))]
-    jobs: list[Future[None]] = []
+    stop = threading.Event()
+    maps = [_pool.take() for _ in range(min(buffers, count))]
+    for buffer in maps:
+        free.put(np.frombuffer(buffer, dtype=np.uint8)[: layout.frame])
 
     def work(frame: np.ndarray, position: int) -> None:
         try:
             _seal_frame(frame, layout, first + position, sums)
-            _pwrite_all(fd, frame, position * layout.frame)
-        except BaseException as exc:
-            failures.append(exc)
+            _pwrite_all(fd, [frame], position * layout.frame)
+        except BaseException:
+            stop.set()
             raise
         finally:
             free.put(frame)
 
+    jobs: list[Future[None]] = []
     try:
-        _allocate(fd, -(-size // ALIGNMENT) * ALIGNMENT if direct else size)
-        for buffer in maps:
-            free.put(np.frombuffer(buffer, dtype=np.uint8)[: layout.frame])
-        for position in range(layout.shard_chunks(shard)):
+        for position in range(count):
             frame = free.get()
-            if failures:
+            if stop.is_set():
                 break
             _fill_frame(frame, layout, first + position, source)
             jobs.append(workers.submit(work, frame, position))
         for job in jobs:
             job.result()
-        _write_index(fd, layout, shard, direct=direct)
-        os.ftruncate(fd, size)
-        os.fsync(fd)
     finally:
         for job in jobs:
             job.exception()
-        os.close(fd)
         for buffer in maps:
             _pool.give(buffer)
 
 
-def _take_buffer(frame: int) -> mmap.mmap:
-    if frame > MAX_FRAME:
-        raise ValueError(f"a frame of {frame} bytes exceeds the staging buffers of {MAX_FRAME}")
-    return _pool.take()
+def _write_pieces(
+    fd: int,
+    layout: PackLayout,
+    first: int,
+    count: int,
+    sums: _EntryChecksums,
+    source: PieceSource,
+    workers: ThreadPoolExecutor,
+) -> None:
+    """Lets the workers write the source's own memory, and stage what it cannot show."""
+    stop = threading.Event()
+
+    def work(position: int) -> None:
+        if stop.is_set():
+            return
+        try:
+            if not _write_frame(fd, layout, first + position, position * layout.frame, sums, source):
+                buffer = _pool.take()
+                try:
+                    frame = np.frombuffer(buffer, dtype=np.uint8)[: layout.frame]
+                    _fill_frame(frame, layout, first + position, source)
+                    _seal_frame(frame, layout, first + position, sums)
+                    _pwrite_all(fd, [frame], position * layout.frame)
+                finally:
+                    _pool.give(buffer)
+        except BaseException:
+            stop.set()
+            raise
+
+    jobs = [workers.submit(work, position) for position in range(count)]
+    try:
+        for job in jobs:
+            job.result()
+    finally:
+        stop.set()
+        for job in jobs:
+            job.exception()
+
+
+def _write_frame(
+    fd: int, layout: PackLayout, chunk: int, place: int, sums: _EntryChecksums, source: PieceSource
+) -> bool:
+    """Writes one sub-chunk from the source's memory; False if it cannot show it."""
+    start, size = chunk * layout.chunk, layout.chunk_bytes(chunk)
+    whole = size - size % ALIGNMENT
+    shown = source.pieces(start, whole) if whole else []
+    if shown is None:
+        return False
+    pieces = [np.frombuffer(piece, dtype=np.uint8) for piece in shown]
+    if any(piece.ctypes.data % ALIGNMENT or len(piece) % ALIGNMENT for piece in pieces) or whole != sum(
+        map(len, pieces)
+    ):
+        raise ValueError(f"{type(source).__name__}.pieces({start}, {whole}) is not that many bytes in whole pages")
+    crc, at = 0, start
+    for piece in pieces:
+        crc = crc32c_combine(crc, sums.add(at, piece), len(piece))
+        at += len(piece)
+    # The bytes of the pack's last page, the padding of its last sub-chunk, and the tail.
+    rest = np.frombuffer(mmap.mmap(-1, layout.frame - whole), dtype=np.uint8)
+    if size > whole:
+        source.read_into(rest[: size - whole], start + whole)
+        crc = crc32c_combine(crc, sums.add(start + whole, rest[: size - whole]), size - whole)
+    padding = rest[size - whole : layout.chunk - whole]
+    struct.pack_into("<I", rest.data, layout.chunk - whole, crc32c(padding, crc))
+    _pwrite_all(fd, [*pieces, rest], place)
+    return True
 
 
 def _open_for_write(path: Path, *, direct: bool) -> tuple[int, bool]:
@@ -307,18 +414,24 @@ def _write_index(fd: int, layout: PackLayout, shard: int, *, direct: bool) -> No
     index = layout.index(shard)
     offset = layout.shard_chunks(shard) * layout.frame
     if not direct:
-        _pwrite_all(fd, np.frombuffer(index, dtype=np.uint8), offset)
+        _pwrite_all(fd, [np.frombuffer(index, dtype=np.uint8)], offset)
         return
     block = mmap.mmap(-1, -(-len(index) // ALIGNMENT) * ALIGNMENT)
     block[: len(index)] = index
-    _pwrite_all(fd, np.frombuffer(block, dtype=np.uint8), offset)
+    _pwrite_all(fd, [np.frombuffer(block, dtype=np.uint8)], offset)
 
 
-def _pwrite_all(fd: int, data: np.ndarray, offset: int) -> None:
-    view = data.data
-    while len(view):
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
+def _pwrite_all(fd: int, pieces: Sequence[np.ndarray], offset: int) -> None:
+    pending = [piece.data for piece in pieces if len(piece)]
+    pending.reverse()
+    while pending:
+        group = pending[-_IOV_MAX:][::-1]
+        count = os.pwritev(fd, group, offset) if len(group) > 1 else os.pwrite(fd, group[0], offset)
+        offset += count
+        while pending and count >= len(pending[-1]):
+            count -= len(pending.pop())
+        if count:
+            pending[-1] = pending[-1][count:]
 
 
 # ---- object stores ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from moc_ckpt.errors import StorageError
@@ -14,6 +14,8 @@ from moc_ckpt.storage.checkpoint import (
     list_tags,
     load_manifest,
     manifest_key,
+    outcome_key,
+    parts_status,
     read_parts,
     save_prefix,
 )
@@ -24,7 +26,7 @@ from moc_ckpt.storage.store import Store
 __all__ = ["RetentionPlan", "RetentionReport", "apply_retention", "plan_retention"]
 
 _PACK_DIR = re.compile(r"^rank_\d{5,}\.(dense|experts)$")
-_PART = re.compile(r"/parts/rank_\d{5,}\.json$")
+_PART = re.compile(r"/parts/rank_\d{5,}(\.failed)?\.json$")
 _SAVE_DIRS = frozenset({"parts", "packs", "extra"})
 
 
@@ -33,8 +35,8 @@ class RetentionPlan:
     """What to keep and what may go.
 
     Attributes:
-        keep: tags that stay, the newest commit first.
-        drop: tags that go, the oldest commit first.
+        keep: tags that stay, the newest first (`Manifest.order`).
+        drop: tags that go, the oldest first.
         needed: paths of all packs that a staying tag refers to.
         removable: paths of packs that only going tags refer to.
     """
@@ -50,7 +52,7 @@ class RetentionReport:
     """What `apply_retention` did, or with `dry_run` would do.
 
     Attributes:
-        kept: tags that stay, the newest commit first.
+        kept: tags that stay, the newest first.
         dropped: tags that went.
         packs: paths of the packs that were removed.
         saves: directories of unfinished or replaced saves that were removed, wholly or but for needed packs.
@@ -71,7 +73,7 @@ def plan_retention(
 
     Args:
         manifests: all committed checkpoints of a directory.
-        keep_last: number of newest commits that stay; 0 keeps all. The newest one stays in any case. Commits that
+        keep_last: number of newest checkpoints that stay; 0 keeps all. The newest one stays in any case. Commits that
             were saved aside (`Manifest.kept`) stay and do not count.
         keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
         protect: tags that stay in any case.
@@ -84,7 +86,7 @@ def plan_retention(
     """
     if keep_last < 0 or keep_every < 0:
         raise ValueError(f"keep_last {keep_last} and keep_every {keep_every} must not be negative")
-    ordered = sorted(manifests, key=lambda item: (item.attempt, item.created, item.step), reverse=True)
+    ordered = sorted(manifests, key=lambda item: item.order, reverse=True)
     keep: list[Manifest] = []
     drop: list[Manifest] = []
     position = 0
@@ -114,7 +116,7 @@ def apply_retention(
     keep_last: int,
     keep_every: int = 0,
     protect: Collection[str] = (),
-    in_flight: Collection[str] = (),
+    in_flight: Collection[str] | Callable[[str], bool] = (),
     attempt: int | None = None,
     dry_run: bool = False,
     timeout_s: float = 60.0,
@@ -126,15 +128,16 @@ def apply_retention(
     and files that this package did not write are not touched.
 
     An unfinished save goes only once a commit is at or past its step (before that `moc-ckpt recover` might still
-    finish it); one that no rank finished a part of goes unless it is in flight.
+    finish it); one that no rank finished a part of, or that a rank gave up, goes unless it is in flight.
 
     Args:
         store: the checkpoint root.
-        keep_last: number of newest commits that stay; 0 keeps all.
+        keep_last: number of newest checkpoints that stay; 0 keeps all.
         keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
         protect: tags that stay in any case; the one that `latest` names always does.
-        in_flight: save ids that any node may be writing at the moment. With asynchronous saves the caller must
-            name them all: an older save that finishes late looks like one that was abandoned.
+        in_flight: save ids that any node may be writing at the moment, or a function that tells whether one is. With
+            asynchronous saves the caller must know them all: an older save that finishes late looks like one that
+            was abandoned.
         attempt: the attempt that asks, which must be the newest one; None if no run is using the directory.
         dry_run: remove nothing, only report.
         timeout_s: seconds to wait for the lock.
@@ -146,6 +149,7 @@ def apply_retention(
         StaleAttemptError: if a newer attempt owns the directory.
         StorageError: if something cannot be removed or the lock is taken.
     """
+    is_in_flight = in_flight if callable(in_flight) else in_flight.__contains__
     with store.lock(LOCK, timeout_s):
         if attempt is not None:
             check_current(store, attempt)
@@ -170,7 +174,7 @@ def apply_retention(
         dropped = {(manifest.tag, manifest.save_id) for manifest in manifests if manifest.tag in plan.drop}
         horizon = max(manifest.version for manifest in manifests)
         for tag, save_id in _find_saves(store):
-            if save_id in in_flight or current.get(tag) == save_id:
+            if is_in_flight(save_id) or current.get(tag) == save_id:
                 continue
             if (tag, save_id) in dropped or _is_past(store, tag, save_id, horizon):
                 _remove_save(store, tag, save_id, plan.needed, report, dry_run=dry_run)
@@ -198,7 +202,12 @@ def _find_saves(store: Store) -> list[tuple[str, str]]:
 
 
 def _is_past(store: Store, tag: str, save_id: str, horizon: Version) -> bool:
-    """Tells whether nobody is going to finish a save: a commit is at or past its step, or it has no part at all."""
+    """Tells whether nobody is going to finish a save: a commit is at or past its step, no rank wrote its part, or one
+    gave up.
+    """
+    status = parts_status(store, tag, save_id)
+    if status.failed.keys() - status.done:
+        return True
     try:
         parts = read_parts(store, tag, save_id)
     except StorageError:
@@ -214,7 +223,8 @@ def _remove_save(
     packs = [f"{prefix}/packs/{name}" for name in store.list_dirs(f"{prefix}/packs")]
     going = [pack for pack in packs if pack not in needed]
     rest = [name for name in ("extra", "parts") if store.list(f"{prefix}/{name}")]
-    if not going and not rest and packs:
+    noted = store.exists(outcome_key(tag, save_id))
+    if not going and not rest and packs and not noted:
         return  # only needed packs are left
     report.packs += going
     report.saves.append(prefix)
@@ -222,6 +232,8 @@ def _remove_save(
         return
     for pack in going:
         store.delete_prefix(pack)
+    if noted:
+        store.delete(outcome_key(tag, save_id))
     # Parts last: they tell the next call what this save was, should this one be cut off.
     for name in rest:
         store.delete_prefix(f"{prefix}/{name}")

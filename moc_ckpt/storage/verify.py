@@ -76,7 +76,7 @@ class VerifyReport:
 def verify(store: Store, tag: str, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Reads every byte of a checkpoint, also what it takes from older tags, and checks all of it.
 
-    Memory: two sub-chunks (16 MiB).
+    Memory: two sub-chunks (32 MiB at most).
 
     Args:
         store: the checkpoint root.

@@ -61,7 +61,8 @@ def build(
     net = zoo.build_model(row, rank=rank, world=world, seed=seed)
     ds_config = zoo.ds_config(row, world)
     if plugin is not None:
-        ds_config["moc_checkpoint"] = dict(plugin)
+        # Saves that block are what most cases are about; those of the pipeline say so.
+        ds_config["moc_checkpoint"] = {"save_mode": "durable", **plugin}
     ds_config = _merge(ds_config, config or {})
     optimizer, scheduler = zoo.client_optimizer(row, net)
     engine, _, _, _ = deepspeed.initialize(

@@ -193,6 +193,10 @@ class Diary:
         harness.keep(self.ctx, engine, self._file((body["attempt"], body["step"])))
         return body
 
+    def note(self, engine: Any, attempt: int) -> None:
+        """Keep what the oracle sees of the live state, for saves whose manifest is not there yet."""
+        harness.keep(self.ctx, engine, self._file((attempt, engine.global_steps)))
+
     def _file(self, version: Version) -> str:
         return f"{self.beside}/{version[0]}-{version[1]}.pt"
 

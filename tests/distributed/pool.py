@@ -178,6 +178,9 @@ class Pool:
 
     def __init__(self) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="moc_pool_"))
+        # Arenas and agents' sockets of this pool alone; short, for a socket's path has 108 bytes.
+        self._shared = Path(tempfile.mkdtemp(prefix="moc_t", dir="/dev/shm"))
+        os.environ["MOC_SHM_DIR"] = str(self._shared)
         self._workers: list[Worker] = []
         self._group: tuple[int, tuple[int, ...]] | None = None
         self.restarts = 0
@@ -312,9 +315,12 @@ class Pool:
                 worker.process.wait(timeout=max(0.1, end - time.monotonic()))
             worker.kill()
         self._workers = []
+        os.environ.pop("MOC_SHM_DIR", None)
         if os.environ.get("MOC_TEST_KEEP") == "1":
-            print(f"pool logs: {self._dir}")
+            print(f"pool logs: {self._dir}, shared memory: {self._shared}")
         else:
+            # Agents end by themselves soon; without their directory they have nothing to do.
+            shutil.rmtree(self._shared, ignore_errors=True)
             shutil.rmtree(self._dir, ignore_errors=True)
 
     def __enter__(self) -> Pool:

@@ -135,15 +135,15 @@ def case_reports(ctx: Any, path: str) -> dict[str, Any]:
         harness.train(engine, 1)
         engine.save_checkpoint(f"{path}/c", client_state={"x": 1})
         found.append(engine.moc.plt)
-    original = save.write_rank
+    original = save.write_prepared
     if ctx.rank == 2:
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise StorageError("injected: the disk is on fire")
 
-        save.write_rank = refuse
+        save.write_prepared = refuse
     failed = harness.attempt(engine.save_checkpoint, f"{path}/c", tag="never")
-    save.write_rank = original
+    save.write_prepared = original
     engine = build(ctx, row, 1, seed=2, config=monitor)
     engine.load_checkpoint(f"{path}/c")
     harness.train(engine, 1)

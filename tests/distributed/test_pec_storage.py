@@ -49,7 +49,11 @@ def case_failure(ctx: Any, path: str, victim: int, where: str, selection: str) -
         for number in range(4):
             harness.train(engine, 1)
             if fails and number == 2:
-                place = {"write": (save, "write_rank"), "commit": (plugin, "commit"), "latest": (LocalStore, "write")}
+                place = {
+                    "write": (save, "write_prepared"),
+                    "commit": (plugin, "commit"),
+                    "latest": (LocalStore, "write"),
+                }
                 holder, attribute = place[where]
                 original = getattr(holder, attribute)
 

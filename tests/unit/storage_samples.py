@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from moc_ckpt.state.unit import EXPERTS_MARK, dense_unit, expert_unit
@@ -14,6 +16,7 @@ from moc_ckpt.storage.attempts import current_attempt, open_attempt
 from moc_ckpt.storage.checkpoint import new_save_id, pack_key, write_extra, write_part
 from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import (
+    CommitInfo,
     FragmentTable,
     Manifest,
     MoELayerRecord,
@@ -87,8 +90,13 @@ def write_rank(
     world: int = 2,
     experts: Collection[tuple[int, int]] = tuple(EXPERTS),
     publish: bool = True,
+    save_latest: bool = True,
+    versions: Mapping[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Part:
-    """Writes one rank's packs, extra file and part of a save."""
+    """Writes one rank's packs, extra file and part of a save.
+
+    `versions` gives the (attempt, step) of experts whose bytes are older than the save.
+    """
     tensors: list[TensorRecord] = []
     units: list[UnitRecord] = []
     packs: list[PackRecord] = []
@@ -100,11 +108,14 @@ def write_rank(
     for which, members in groups.items():
         payload, spans = bytearray(), []
         for unit, fqn, shape in members:
-            units.append(UnitRecord(unit, attempt, step, None if which == "dense" else step * 10))
+            version = {expert_unit(*place): found for place, found in (versions or {}).items()}.get(
+                unit, (attempt, step)
+            )
+            units.append(UnitRecord(unit, *version, None if which == "dense" else version[1] * 10))
             for kind in KINDS:
                 tensors.append(TensorRecord(fqn, kind, "float32", shape))
                 start, stop = pieces(int(np.prod(shape)), world, rank)
-                data = tensor_values(fqn, kind, shape, attempt, step).reshape(-1)[start:stop].tobytes()
+                data = tensor_values(fqn, kind, shape, *version).reshape(-1)[start:stop].tobytes()
                 spans.append((len(units) - 1, len(tensors) - 1, start, stop, len(payload), len(data)))
                 payload += data + b"\0" * 4  # a gap between fragments
         if not members:
@@ -140,10 +151,21 @@ def write_rank(
         packs=packs,
         fragments=FragmentTable.from_rows(rows),
         extra=extra,
+        parameters=275 if rank == 0 else 0,
+        rng={"python": "same", "torch": f"of rank {rank}"},
+        optimizer=msgspec.msgpack.encode([{"fqns": [f"rank {rank}"]}]),
+        commit=commit_info(save_latest) if rank == 0 else None,
     )
     if publish:
         write_part(store, part)
     return part
+
+
+def commit_info(save_latest: bool = True, **changes: Any) -> CommitInfo:
+    info = CommitInfo(
+        topology=TOPOLOGY, moe_layers=LAYERS, save_latest=save_latest, state=msgspec.msgpack.encode({"engine": {}})
+    )
+    return msgspec.structs.replace(info, **changes)
 
 
 def save(
@@ -162,24 +184,18 @@ def save(
         attempt = found.attempt
     save_id = new_save_id()
     for rank in range(world):
-        write_rank(store, tag, save_id, rank, step=step, attempt=attempt, experts=experts, world=world)
-    return commit_save(store, tag, save_id, attempt=attempt, save_latest=save_latest, world=world)
-
-
-def commit_save(
-    store: Store, tag: str, save_id: str, *, attempt: int, save_latest: bool = True, world: int = 2
-) -> Manifest:
-    return commit(
-        store,
-        tag,
-        save_id,
-        world,
-        attempt=attempt,
-        topology=TOPOLOGY,
-        moe_layers=LAYERS,
-        parameters=275,
-        save_latest=save_latest,
-    )
+        write_rank(
+            store,
+            tag,
+            save_id,
+            rank,
+            step=step,
+            attempt=attempt,
+            experts=experts,
+            world=world,
+            save_latest=save_latest,
+        )
+    return commit(store, tag, save_id, attempt=attempt)
 
 
 def flip(path: Path, position: int, mask: int = 0x10) -> None:

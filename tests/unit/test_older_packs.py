@@ -226,7 +226,7 @@ def test_a_pack_or_a_save_that_is_gone_is_told_from_a_tag_that_is_gone(chain: St
     )
     assert set(problem.units) == OLD["global_step10"]
     by_hand(chain, f"global_step10/{save_id}")
-    save(chain, "global_step10", 5)
+    save(chain, "global_step10", 40)
     for problem in verify(chain, "global_step30").problems:
         assert "needs packs of checkpoint global_step10, which are gone" in problem.what
         assert chain.locate(f"global_step10/{save_id}") in problem.fix

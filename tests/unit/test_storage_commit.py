@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from storage_samples import EXPERTS, commit_save, make_store, save, tensor_values, write_rank
+from storage_samples import EXPERTS, make_store, save, tensor_values, write_rank
 
 from moc_ckpt.errors import (
     CheckpointNotFoundError,
@@ -39,6 +39,7 @@ from moc_ckpt.storage.checkpoint import (
     read_extra,
     write_extra,
 )
+from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.envelope import seal_envelope
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.pack import PackReader
@@ -167,9 +168,9 @@ def test_commit_of_an_incomplete_save_changes_nothing(store: Store) -> None:
     write_rank(store, "b", "s2", 0, step=20, attempt=1)
     before = store.list()
     with pytest.raises(CoverageError, match="have not finished their part: 1"):
-        commit_save(store, "b", "s2", attempt=1)
+        commit(store, "b", "s2", attempt=1)
     with pytest.raises(CoverageError, match="no rank has finished"):
-        commit_save(store, "c", "s3", attempt=1)
+        commit(store, "c", "s3", attempt=1)
     assert [key for key in store.list() if key != "commit.lock"] == [key for key in before if key != "commit.lock"]
     assert latest_tag(store) == "a"
 
@@ -181,7 +182,7 @@ def test_commit_needs_every_file(store: Store, victim: str) -> None:
         write_rank(store, "b", "s", rank, step=20, attempt=1)
     store.delete(f"b/s/{victim}")
     with pytest.raises(StorageError) as info:
-        commit_save(store, "b", "s", attempt=1)
+        commit(store, "b", "s", attempt=1)
     assert store.locate(f"b/s/{victim}") in info.value.where
     assert not store.exists("b/manifest.json") and latest_tag(store) is None
 
@@ -193,7 +194,7 @@ def test_commit_needs_files_of_the_right_size(store: Store) -> None:
     key = "b/s/packs/rank_00001.dense/c/0"
     store.write(key, (store.read(key) or b"")[:-1])
     with pytest.raises(CorruptionError, match="truncated"):
-        commit_save(store, "b", "s", attempt=1)
+        commit(store, "b", "s", attempt=1)
     assert not store.exists("b/manifest.json")
 
 
@@ -203,7 +204,7 @@ def test_an_older_attempt_cannot_commit(store: Store) -> None:
         write_rank(store, "b", "s", rank, step=20, attempt=1)
     open_attempt(store, parent=1, forked_at_step=10)
     with pytest.raises(StaleAttemptError, match="attempt 1 may not publish here: the directory belongs to attempt 2"):
-        commit_save(store, "b", "s", attempt=1)
+        commit(store, "b", "s", attempt=1)
     assert latest_tag(store) == "a" and not store.exists("b/manifest.json")
 
 
@@ -213,26 +214,26 @@ def test_a_later_attempt_commits_only_what_it_continues(store: Store) -> None:
         write_rank(store, "b", "s", rank, step=20, attempt=1)
     open_attempt(store, parent=1, forked_at_step=15)
     with pytest.raises(StaleAttemptError, match="step 20 of attempt 1, which is not in the past of attempt 2"):
-        commit_save(store, "b", "s", attempt=2)
+        commit(store, "b", "s", attempt=2)
     assert latest_tag(store) == "a"
     open_attempt(store, parent=1, forked_at_step=20)
-    assert commit_save(store, "b", "s", attempt=3).version == Version(1, 20)
+    assert commit(store, "b", "s", attempt=3).version == Version(1, 20)
 
 
 def test_commit_without_any_attempt_is_refused(store: Store) -> None:
     with pytest.raises(StaleAttemptError, match="no attempt at all"):
-        commit_save(store, "b", "s", attempt=1)
+        commit(store, "b", "s", attempt=1)
 
 
 def test_commit_twice_is_one_commit(store: Store) -> None:
     first = save(store, "a", 10)
-    assert commit_save(store, "a", first.save_id, attempt=1) == first
+    assert commit(store, "a", first.save_id, attempt=1) == first
     # A crash between manifest and latest is repaired by whoever commits again.
     store.delete("latest")
-    commit_save(store, "a", first.save_id, attempt=1)
+    commit(store, "a", first.save_id, attempt=1)
     assert latest_tag(store) == "a"
     save(store, "b", 20)
-    commit_save(store, "a", first.save_id, attempt=1)
+    commit(store, "a", first.save_id, attempt=1)
     assert latest_tag(store) == "b"
 
 
@@ -247,9 +248,7 @@ def test_commits_at_once_agree(store: Store) -> None:
     for rank in range(2):
         write_rank(store, "a", "s", rank, step=10, attempt=1)
     results: list[Manifest] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(commit_save(store, "a", "s", attempt=1))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(commit(store, "a", "s", attempt=1))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -268,14 +267,6 @@ def test_manifest_comes_before_latest_and_after_the_checks(store: Store, monkeyp
     monkeypatch.setattr(type(store), "write", spy)
     save(store, "a", 10)
     assert written[-2:] == ["a/manifest.json", "latest"]
-
-
-def test_a_world_that_does_not_fit_is_refused(store: Store) -> None:
-    open_attempt(store)
-    for rank in range(2):
-        write_rank(store, "a", "s", rank, step=10, attempt=1)
-    with pytest.raises(StorageError, match="world of 2 ranks, the commit is of 3"):
-        commit_save(store, "a", "s", attempt=1, world=3)
 
 
 # ---- reading what exists ----

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from storage_samples import DENSE, EXPERTS, LAYERS, TOPOLOGY, make_store, write_rank
+from storage_samples import DENSE, EXPERTS, LAYERS, commit_info, make_store, write_rank
 
 from moc_ckpt.errors import CorruptionError, CoverageError, FormatError, StorageError
 from moc_ckpt.state.unit import Version
@@ -35,14 +35,15 @@ def parts(tmp_path: Path) -> list[Part]:
 
 
 def merge(parts: list[Part], **options: object) -> Manifest:
-    return merge_parts(parts, topology=TOPOLOGY, moe_layers=LAYERS, parameters=275, created=1.5, **options)  # type: ignore[arg-type]
+    return merge_parts(parts, created=1.5, **options)  # type: ignore[arg-type]
 
 
 # ---- encoding ----
 
 
 def test_round_trip(parts: list[Part]) -> None:
-    manifest = merge(parts, ledger={"C": [[0.1, 1e300]], "cursor": 2**60})
+    info = commit_info(ledger={"C": [[0.1, 1e300]], "cursor": 2**60})
+    manifest = merge([replace(parts[0], commit=info), parts[1]])
     assert decode_manifest(encode_manifest(manifest), "x") == manifest
     assert decode_part(encode_part(parts[0]), "x") == parts[0]
     assert manifest.ledger == {"C": [[0.1, 1e300]], "cursor": 2**60}
@@ -77,18 +78,25 @@ def test_foreign_files_are_told_apart(data: bytes) -> None:
 
 def test_a_newer_format_version_asks_for_an_upgrade(parts: list[Part]) -> None:
     body = b'{"something":"new"}'
-    crc = crc32c(b"2:" + body)
-    data = b'{"moc_ckpt":{"format_version":2,"crc32c":"%08x","more":1},"body":%s}' % (crc, body)
-    with pytest.raises(FormatError, match=r"format version 2; this moc_ckpt reads versions up to 1") as info:
+    crc = crc32c(b"3:" + body)
+    data = b'{"moc_ckpt":{"format_version":3,"crc32c":"%08x","more":1},"body":%s}' % (crc, body)
+    with pytest.raises(FormatError, match=r"format version 3; this moc_ckpt reads versions up to 2") as info:
         decode_manifest(data, "x")
     assert info.value.fix == "upgrade moc_ckpt"
     # A newer version may define the checksum anew, so the version decides; a flipped bit in it is refused all the same.
     good = encode_manifest(merge(parts))
-    with pytest.raises(FormatError, match="format version 3") as info:
-        decode_manifest(good.replace(b'"format_version":1', b'"format_version":3', 1), "x")
+    with pytest.raises(FormatError, match="format version 4") as info:
+        decode_manifest(good.replace(b'"format_version":2', b'"format_version":4', 1), "x")
     assert "damaged" in info.value.fix
     with pytest.raises(CorruptionError, match="checksum mismatch"):
-        decode_manifest(good.replace(b'"format_version":1', b'"format_version":0', 1), "x")
+        decode_manifest(good.replace(b'"format_version":2', b'"format_version":1', 1), "x")
+
+
+def test_older_format_versions_are_read(parts: list[Part]) -> None:
+    manifest = replace(merge(parts), format_version=1)
+    body = msgspec.json.encode(manifest)
+    data = b'{"moc_ckpt":{"format_version":1,"crc32c":"%08x"},"body":%s}' % (crc32c(b"1:" + body), body)
+    assert decode_manifest(data, "x") == manifest
 
 
 def test_a_part_is_not_a_manifest(parts: list[Part]) -> None:

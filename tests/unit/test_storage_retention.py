@@ -56,22 +56,34 @@ def test_plan_agrees_with_a_plain_reading_of_the_rules(
         manifests[::-1], keep_last=keep_last, keep_every=keep_every, protect={f"t{i}" for i in protect}
     )
     keep, count = set(), len(checkpoints)
+    order = sorted(range(count), key=lambda i: (checkpoints[i][0], i))
     for i, (step, _) in enumerate(checkpoints):
-        if keep_last == 0 or count - i <= keep_last or (keep_every and step % keep_every == 0) or i in protect:
+        if (
+            keep_last == 0
+            or count - order.index(i) <= keep_last
+            or (keep_every and step % keep_every == 0)
+            or i in protect
+        ):
             keep.add(i)
     assert set(plan.keep) == {f"t{i}" for i in keep}
-    assert plan.drop == tuple(f"t{i}" for i in range(count) if i not in keep)
+    assert plan.drop == tuple(f"t{i}" for i in order if i not in keep)
+    assert plan.keep == tuple(f"t{i}" for i in reversed(order) if i in keep)
     for pack in range(7):
         users = {i for i, (_, packs) in enumerate(checkpoints) if pack in packs}
         assert (f"p{pack}" in plan.needed) == bool(users & keep)
         assert (f"p{pack}" in plan.removable) == bool(users and not users & keep)
     if manifests:
-        assert f"t{count - 1}" in plan.keep
+        assert f"t{order[-1]}" in plan.keep
 
 
-def test_newest_means_newest_commit_of_the_newest_attempt() -> None:
-    manifests = [fake("a", 50, set(), attempt=1, created=9.0), fake("b", 20, set(), attempt=2, created=5.0)]
-    assert plan_retention(manifests, keep_last=1).keep == ("b",)
+def test_newest_means_the_last_step_of_the_newest_attempt_whatever_the_clock_says() -> None:
+    manifests = [
+        fake("a", 50, set(), attempt=1, created=9.0),
+        fake("b", 20, set(), attempt=2, created=8.0),
+        fake("c", 30, set(), attempt=2, created=5.0),
+    ]
+    assert plan_retention(manifests, keep_last=1).keep == ("c",)
+    assert plan_retention(manifests, keep_last=2).keep == ("c", "b")
     with pytest.raises(ValueError):
         plan_retention(manifests, keep_last=-1)
 

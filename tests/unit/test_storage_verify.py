@@ -95,7 +95,7 @@ def test_fragments_over_many_sub_chunks(tmp_path: Path) -> None:
     """One damaged sub-chunk of a big pack: only the fragments in it are named."""
     store = make_store("local", tmp_path)
     manifest = save(store, "a", 10)
-    nbytes = 20 << 20
+    nbytes = 32 << 20
     data = random_bytes(nbytes)
     layout = plan_pack(nbytes)
     cuts = [0, layout.chunk - 400, layout.chunk * 2 + 100, layout.chunk * 2 + 500, nbytes // 4 * 4]
@@ -125,7 +125,7 @@ def test_fragments_over_many_sub_chunks(tmp_path: Path) -> None:
 def test_a_missing_file_of_a_pack_of_many_sub_chunks_is_one_problem(tmp_path: Path) -> None:
     store = make_store("local", tmp_path)
     manifest = save(store, "a", 10)
-    nbytes = 20 << 20
+    nbytes = 40 << 20
     size = nbytes // 40
     spans = [(low, size) for low in range(0, nbytes, size)]
     result = write_pack(store, "a/big", nbytes, spans, ArraySource(random_bytes(nbytes)))

@@ -21,7 +21,7 @@ from moc_ckpt.integrations.deepspeed.engine_state import (
 from moc_ckpt.integrations.deepspeed.match import check_model
 from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
-from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, STATE, rank_file
+from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, rank_file
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
 from moc_ckpt.recovery.restorer import index_manifest, stage
 from moc_ckpt.state.catalog import Catalog, dtype_name
@@ -29,7 +29,7 @@ from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, apply_scalars, index_scalars
 from moc_ckpt.state.unit import UnitMap
-from moc_ckpt.storage.checkpoint import manifest_key, read_extra
+from moc_ckpt.storage.checkpoint import STATE, manifest_key, read_extra
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
 
@@ -135,7 +135,7 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         surgery=surgery,
         excluded_frozen=state["excluded_frozen"],
     )
-    records = index_scalars(state["optimizer"]) if with_optimizer else {}
+    records = index_scalars(_scalars(state)) if with_optimizer else {}
     apply_scalars(catalog, records, moc.view.state_of, check_only=True)
     if not request.module_only:
         check_schedulers(moc.engine, state["engine"], lr=request.lr_scheduler_states)
@@ -179,6 +179,14 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         module,
         moc.pec.read(manifest),
     )
+
+
+def _scalars(state: Mapping[str, Any]) -> list[ScalarRecord]:
+    """Returns the optimizer's records: encoded once per rank, or (format version 1) as they are."""
+    found: list[ScalarRecord] = []
+    for item in state["optimizer"]:
+        found += decode_plain(item, STATE) if isinstance(item, bytes) else [item]
+    return found
 
 
 def _earlier(manifest: Manifest) -> set[str]:

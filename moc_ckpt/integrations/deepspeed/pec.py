@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+import torch
 import torch.distributed as dist
 
 from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import UnsupportedError
 from moc_ckpt.integrations.deepspeed.token_counts import TokenCounter
 from moc_ckpt.pec.dynamic_k import lower_k, raise_k
-from moc_ckpt.pec.k_values import AUTO, check_k, layer_k
+from moc_ckpt.pec.k_values import AUTO, K, check_k, layer_k
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.selector import SaveHistory, Selection, select
@@ -148,6 +151,25 @@ class PartialExperts:
         return layer_k(config.k_persist, self._experts, floor=self.ledger.floor, most=config.k_snapshot)
 
     @property
+    def full_k(self) -> tuple[int, ...]:
+        """The number of experts of each MoE layer."""
+        return self._experts
+
+    def snapshot_k(self, k: K, most: int | None = None) -> tuple[int, ...]:
+        """Returns the K of each layer in a snapshot; Dynamic-K included.
+
+        Args:
+            k: K of snapshots; `auto` means all.
+            most: what memory has room for.
+        """
+        found = layer_k(k, self._experts, floor=self.ledger.floor)
+        return found if most is None else tuple(min(count, most) for count in found)
+
+    def persist_k(self, k: K) -> tuple[int, ...]:
+        """Returns the K of each layer in a persist, with K of snapshots given; Dynamic-K included."""
+        return layer_k(self._config.k_persist, self._experts, floor=self.ledger.floor, most=k)
+
+    @property
     def partial(self) -> bool:
         """Tells whether a save leaves experts to older checkpoints."""
         return self._config.selection != "full" and self.k != self._experts
@@ -167,8 +189,46 @@ class PartialExperts:
             return
         vector = self._counter.take()
         dist.all_reduce(vector)
-        counts = self._counter.layout.split(vector.tolist())
-        self.ledger = self.ledger.add([layer.processed for layer in counts], [layer.routed for layer in counts])
+        self.ledger = self.add_counts(self.ledger, vector.cpu().numpy())
+
+    @property
+    def counts_size(self) -> int:
+        """Length of the vector of token counts."""
+        return self._counter.layout.size if self._counter is not None and self._experts else 0
+
+    def take_counts(self) -> Callable[[], npt.NDArray[np.int64]]:
+        """Takes this rank's token counts since the last time; not collective, waits for nothing.
+
+        Returns:
+            What returns them, int64 [counts_size]; it waits for the device and may be called once, from any thread.
+        """
+        if not self.counts_size or self._counter is None:
+            return lambda: np.zeros(0, dtype=np.int64)
+        vector = self._counter.take()
+        if not vector.is_cuda:
+            return vector.numpy
+        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        host.copy_(vector, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> npt.NDArray[np.int64]:
+            copied.synchronize()
+            return host.numpy()
+
+        return wait
+
+    def add_counts(self, ledger: Ledger, counts: npt.NDArray[np.int64]) -> Ledger:
+        """Returns a ledger after more training.
+
+        Args:
+            ledger: the ledger before it.
+            counts: int64 [counts_size] tokens of all ranks.
+        """
+        if self._counter is None or not len(counts):
+            return ledger
+        layers = self._counter.layout.split(counts.tolist())
+        return ledger.add([layer.processed for layer in layers], [layer.routed for layer in layers])
 
     def select(self, url: str, forced: Collection[tuple[int, int]], *, full: bool) -> Selection:
         """Selects the experts of a save. Not collective; may take seconds once, for a large model (`plan_cycle`).
@@ -182,9 +242,14 @@ class PartialExperts:
         method = "full" if full else self._config.selection
         return select(history, self.ledger, self.ownership, method, self.k, forced)
 
-    def begin_save(self, selection: Selection) -> Ledger:
-        """Returns the ledger that goes into a save; Dynamic-K may come down with it."""
-        ledger, least = self.ledger, self._scalar_k
+    def begin_save(self, selection: Selection, ledger: Ledger | None = None) -> Ledger:
+        """Returns the ledger that goes into a save; Dynamic-K may come down with it.
+
+        Args:
+            selection: what the save takes.
+            ledger: tokens at its step; None for the present ones.
+        """
+        ledger, least = self.ledger if ledger is None else ledger, self._scalar_k
         if not (self._config.dynamic_k and ledger.floor and least is not None):
             return ledger
         forecast = partial(ledger.forecast, interval=selection.after.interval)
@@ -193,10 +258,24 @@ class PartialExperts:
 
     def saved(self, url: str, selection: Selection, ledger: Ledger) -> None:
         """Takes in that a save was committed."""
-        if ledger.floor != self.ledger.floor and dist.get_rank() == 0:
-            logger.info("Dynamic-K: K comes down to %d", ledger.floor or self._scalar_k)
+        self.lower_floor(ledger.floor)
         self.ledger = ledger
         self._histories[url] = selection.after
+
+    def lower_floor(self, floor: int) -> None:
+        """Takes in what a committed save says about Dynamic-K: its floor may have come down."""
+        if floor != self.ledger.floor:
+            if dist.get_rank() == 0:
+                logger.info("Dynamic-K: K comes down to %d", floor or self._scalar_k)
+            self.ledger = replace(self.ledger, floor=floor)
+
+    def history(self, url: str) -> SaveHistory | None:
+        """Returns what the saves into a directory have taken so far; None if nothing is known of any."""
+        return self._histories.get(url)
+
+    def keep_history(self, url: str, history: SaveHistory) -> None:
+        """Takes in what a directory's saves have taken."""
+        self._histories[url] = history
 
     def manifest_data(self, selection: Selection, ledger: Ledger) -> dict[str, Any]:
         """Returns what a manifest says about the experts, as plain data."""
@@ -204,8 +283,12 @@ class PartialExperts:
 
     def loads(self, selection: Selection) -> list[int]:
         """Returns the bytes that each rank writes of what nobody else holds, by rank."""
+        return self.sole_loads(selection.places)
+
+    def sole_loads(self, places: Collection[tuple[int, int]]) -> list[int]:
+        """Returns the bytes that each rank alone holds of these experts and of dense state, by rank."""
         offsets = self.sole.offsets
-        return [int(load) for load in self.sole.loads([offsets[layer] + expert for layer, expert in selection.places])]
+        return [int(load) for load in self.sole.loads([offsets[layer] + expert for layer, expert in places])]
 
     def tokens(self, selection: Selection, ledger: Ledger) -> dict[str, int]:
         """Returns what each selected expert unit has learnt, in tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -16,27 +17,41 @@ from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, StorageError
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, load
 from moc_ckpt.integrations.deepspeed.pec import OwnedBytes, PartialExperts, owned_bytes
+from moc_ckpt.integrations.deepspeed.pipeline import Pipeline
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
 from moc_ckpt.integrations.deepspeed.report import Reporter, shorten
 from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, save
 from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.selector import Selection
+from moc_ckpt.persist.heartbeat import DirectoryLock, LockIdentity
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
 from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
-from moc_ckpt.storage.base import UnitTensors, open_base, unit_tensors
+from moc_ckpt.storage.base import Base, UnitTensors, open_base, unit_tensors
 from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints, load_manifest, new_save_id, save_prefix
 from moc_ckpt.storage.commit import commit
-from moc_ckpt.storage.manifest import Manifest, MoELayerRecord, Topology, decode_manifest, encode_manifest
+from moc_ckpt.storage.manifest import Manifest, decode_manifest, encode_manifest
 from moc_ckpt.storage.retention import apply_retention
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["MocCheckpoint", "OpenedSave"]
 
 logger = logging.getLogger("moc_ckpt")
+
+# Engines with saves that may be under way when the process ends.
+_engines: set[MocCheckpoint] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    for moc in list(_engines):
+        try:
+            moc.close()
+        except Exception:
+            logger.exception("at the end of the process")
 
 
 class OpenedSave(NamedTuple):
@@ -53,6 +68,22 @@ class OpenedSave(NamedTuple):
     attempt: int
     save_id: str
     selection: Selection
+
+
+class OpenedDirectory(NamedTuple):
+    """A directory that is ready for saves that no rank waits for.
+
+    Attributes:
+        store: the directory.
+        attempt: this run's attempt in it.
+        run_prefix: what the save ids of this run begin with, from now on.
+        stored: (layer, expert) -> step of the version that it has.
+    """
+
+    store: Store
+    attempt: int
+    run_prefix: str
+    stored: Mapping[tuple[int, int], int]
 
 
 class MocCheckpoint:
@@ -95,6 +126,13 @@ class MocCheckpoint:
         self._committed: dict[str, Manifest] = {}
         self._base: tuple[Manifest, ...] = ()
         self._check_coverage()
+        self._locks: dict[str, DirectoryLock] = {}
+        self.pipeline: Pipeline | None = None
+        if config.asynchronous:
+            self._check_save_dir()
+            self.pipeline = Pipeline(self)
+            self._before_update = self.view.optimizer.register_step_pre_hook(self._update_begins)
+            _engines.add(self)
 
     @property
     def plt(self) -> float:
@@ -113,10 +151,49 @@ class MocCheckpoint:
             skipped: the step overflowed and changed nothing.
         """
         self.pec.step_done(skipped)
+        if self.pipeline is not None:
+            self.pipeline.step_done()
+
+    def _update_begins(self, *_: Any) -> None:
+        if self.pipeline is not None:
+            self.pipeline.before_update()
 
     def close(self) -> None:
-        """Takes the plugin's hooks off the engine. Not collective."""
+        """Waits for saves under way, then takes the plugin's hooks off the engine. Not collective; may be repeated.
+
+        Happens by itself at the end of the process, with `timeouts.exit_s` as its deadline.
+        """
+        _engines.discard(self)
         self.pec.close()
+        if self.pipeline is not None:
+            pipeline, self.pipeline = self.pipeline, None
+            self._before_update.remove()
+            pipeline.close(self.config.timeouts.exit_s)
+        for lock in self._locks.values():
+            lock.release()
+        self._locks.clear()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until every save that this rank knows of is committed. Not collective, but useful on all ranks.
+
+        Args:
+            timeout_s: seconds to wait at most; None for `timeouts.commit_s`.
+
+        Raises:
+            RendezvousTimeoutError: if they are not done by then; names them.
+            MocError: what the first of them, or of those since the last call, failed with.
+        """
+        if self.pipeline is not None:
+            self.pipeline.wait(self.config.timeouts.commit_s if timeout_s is None else timeout_s)
+
+    def register_state(self, provider: Callable[[], Mapping[str, Any]] | None) -> None:
+        """Sets what gives automatic snapshots the caller's client_state. Not collective; call it on all ranks.
+
+        Args:
+            provider: returns the dict; called on rank 0 at each automatic snapshot, after the step. None for nothing.
+        """
+        if self.pipeline is not None:
+            self.pipeline.register_state(provider)
 
     def catalog(self) -> Catalog:
         """Returns the catalog of this rank, with views on the live tensors of this moment. Not collective."""
@@ -134,8 +211,12 @@ class MocCheckpoint:
     ) -> bool:
         """Saves a checkpoint; collective; arguments and return value as `DeepSpeedEngine.save_checkpoint`.
 
-        Returns on all ranks once the checkpoint is committed. `full` saves every expert, whatever the configuration
-        selects: right for the last checkpoint of a run, from which then nothing is lost.
+        With save_mode `async` it returns once the copy is scheduled; `wait` tells how the save ended. Otherwise it
+        returns on all ranks once the checkpoint is committed, and so do saves that do not go through host memory:
+        `full` ones, those that exclude frozen parameters, and those into `memory://`.
+
+        `full` saves every expert, whatever the configuration selects: right for the last checkpoint of a run, from
+        which then nothing is lost.
 
         Raises:
             ValueError: if save_dir is empty.
@@ -150,6 +231,20 @@ class MocCheckpoint:
             exclude_frozen=exclude_frozen_parameters,
             full=full,
         )
+        pipeline = self.pipeline
+        if pipeline is not None:
+            direct = full or exclude_frozen_parameters or request.save_dir.startswith("memory://")
+            if not direct:
+                scheduled = pipeline.save(request)
+                if self.config.save_mode == "durable":
+                    timeouts = self.config.timeouts
+                    deadline = timeouts.commit_s + timeouts.rendezvous_s
+                    self.comm.agree("committing the checkpoint", lambda: pipeline.wait(deadline, scheduled))
+                return True
+            pipeline.quiesce()
+            pipeline.forget_directory(request.save_dir)
+            # What the agents committed meanwhile is read from the directory.
+            self._committed.clear()
         result = save(self, request)
         self.report.committed(result, time.perf_counter() - begin)
         return True
@@ -183,6 +278,8 @@ class MocCheckpoint:
             custom_load_fn=custom_load_fn,
         )
         self._check_load_arguments(text, tag, request)
+        if self.pipeline is not None:
+            self.pipeline.quiesce()
         data = self.comm.from_first("finding the checkpoint", lambda: self._find(text, tag), wait="commit")
         if data is None:
             if self.comm.rank == 0:
@@ -191,6 +288,8 @@ class MocCheckpoint:
         manifest = decode_manifest(data, text)
         store = self.comm.agree("opening the directory", lambda: open_store(text), wait="rendezvous")
         client_state, experts = load(self, store, manifest, request)
+        if self.pipeline is not None:
+            self.pipeline.reset(experts.history if experts is not None and request.continues else None)
         self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
         self.engine.loaded_checkpoint_mp_world_size = 1
         if request.continues:
@@ -235,6 +334,11 @@ class MocCheckpoint:
                     fix="call it with the same arguments on every rank",
                 )
 
+    @property
+    def weights_may_be_derived(self) -> bool:
+        """Tells whether weights that are stored may have become their masters' casts since; equal on all ranks."""
+        return bool(self.underived) and self._underived_step != self.engine.global_steps
+
     def stored_weights(self) -> frozenset[str]:
         """Returns the parameters whose weights are stored too; collective, equal on all ranks."""
         # Weights are recast by every update, so what differed at an older step is looked at again.
@@ -264,6 +368,43 @@ class MocCheckpoint:
 
         self._base = ()
         attempt, save_id, selection = self.comm.from_first("opening the save directory", first, wait="commit")
+        store = self._meet_in(save_dir, attempt)
+        self._attempts[store.url] = attempt
+        return OpenedSave(store, attempt.attempt, save_id, selection)
+
+    def open_directory(self, save_dir: str) -> OpenedDirectory:
+        """Prepares a directory for saves that no rank waits for; collective.
+
+        Raises:
+            MocError: on all ranks, if it cannot be written, or another live run writes into it.
+        """
+
+        def first() -> tuple[Attempt, str, dict[tuple[int, int], int]]:
+            store = open_store(save_dir, create=True)
+            store.check_writable()
+            self._lock(store)
+            attempt = self._attempts.get(store.url) or self._open_attempt(store)
+            self._attempts[store.url] = attempt
+            self._committed.clear()
+            base = self._open_base(store, attempt.attempt)
+            return attempt, f"{new_save_id()[:16]}-", dict(base.stored)
+
+        attempt, prefix, stored = self.comm.from_first("opening the save directory", first, wait="commit")
+        store = self._meet_in(save_dir, attempt)
+        self._attempts[store.url] = attempt
+        return OpenedDirectory(store, attempt.attempt, prefix, stored)
+
+    def _lock(self, store: Store) -> None:
+        """Keeps other runs out of a directory while this process lives; rank 0 only."""
+        if store.url not in self._locks and self.pipeline is not None:
+            host = self.pipeline.host
+            identity = LockIdentity(run=host.run, host=socket.gethostname(), pid=os.getpid(), job=host.job)
+            lock = DirectoryLock(store, identity)
+            lock.acquire(self.config.timeouts.rendezvous_s)
+            self._locks[store.url] = lock
+
+    def _meet_in(self, save_dir: str, attempt: Attempt) -> Store:
+        """Opens a directory on all ranks, and checks that all see the same one; collective."""
 
         def see() -> Store:
             store = open_store(save_dir)
@@ -275,12 +416,23 @@ class MocCheckpoint:
                 )
             return store
 
-        store = self.comm.agree("looking into the save directory", see, wait="rendezvous")
-        self._attempts[store.url] = attempt
-        return OpenedSave(store, attempt.attempt, save_id, selection)
+        return self.comm.agree("looking into the save directory", see, wait="rendezvous")
+
+    def _check_save_dir(self) -> None:
+        """Refuses a save_dir that cannot be written, before training begins; collective."""
+        save_dir = self.config.save_dir
+        if save_dir is not None:
+            url = save_dir
+            self.comm.from_first("checking save_dir", lambda: open_store(url, create=True).check_writable())
 
     def _find_base(self, store: Store, attempt: int) -> frozenset[tuple[int, int]]:
         """Finds the older checkpoints that a partial save refers to; rank 0 only. Returns the experts it must take."""
+        base = self._open_base(store, attempt)
+        self._base = base.manifests
+        return base.forced
+
+    def _open_base(self, store: Store, attempt: int) -> Base:
+        """Looks what a directory has of every expert; rank 0 only."""
         known = self._committed.get(store.url)
         base = open_base(
             store,
@@ -290,10 +442,9 @@ class MocCheckpoint:
             required=self._required,
             known=[known] if known is not None else [],
         )
-        self._base = base.manifests
         for reason, names in base.forgone.items():
             logger.warning("%d experts are saved anew because %s: %s", len(names), reason, shorten(names))
-        return base.forced
+        return base
 
     def _open_attempt(self, store: Store) -> Attempt:
         """Opens this run's attempt in a directory; rank 0 only."""
@@ -309,18 +460,7 @@ class MocCheckpoint:
         info = {"world": self.comm.world, "version": self.version}
         return open_attempt(store, parent=parent, forked_at_step=step, info=info, after=copied)
 
-    def commit(
-        self,
-        store: Store,
-        ident: SaveId,
-        *,
-        topology: Topology,
-        moe_layers: list[MoELayerRecord],
-        parameters: int,
-        save_latest: bool,
-        ledger: dict[str, Any] | None,
-        selected: set[str],
-    ) -> int:
+    def commit(self, store: Store, ident: SaveId) -> int:
         """Publishes the manifest from rank 0, then drops what retention no longer keeps; collective.
 
         Returns:
@@ -328,20 +468,7 @@ class MocCheckpoint:
         """
 
         def first() -> int:
-            manifest = commit(
-                store,
-                ident.tag,
-                ident.save_id,
-                ident.world,
-                attempt=ident.version.attempt,
-                topology=topology,
-                moe_layers=moe_layers,
-                parameters=parameters,
-                save_latest=save_latest,
-                ledger=ledger,
-                base=self._base,
-                selected=selected,
-            )
+            manifest = commit(store, ident.tag, ident.save_id, attempt=ident.version.attempt, base=self._base)
             self._base = ()
             self._committed[store.url] = manifest
             self._retain(store, manifest)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.pec import PartialExperts
     from moc_ckpt.integrations.deepspeed.save import SaveResult
 
-__all__ = ["Reporter", "shorten"]
+__all__ = ["Reporter", "bytes_text", "shorten"]
 
 logger = logging.getLogger("moc_ckpt")
 
@@ -47,7 +47,7 @@ class Reporter:
             "COMMITTED %s: step %d, %s%s in %.2f s, at %s",
             result.tag,
             step,
-            _bytes(result.nbytes),
+            bytes_text(result.nbytes),
             partial,
             seconds,
             result.store.url,
@@ -64,7 +64,7 @@ class Reporter:
             plt=plt,
         )
         found = {"k": max(result.k, default=0), "checkpoint_bytes": result.nbytes, "checkpoint_seconds": seconds}
-        self._monitor(found)
+        self.monitor(found)
 
     def failed(self, store: Store, tag: str, error: Exception) -> None:
         """Reports a save that failed after its directory was opened."""
@@ -113,14 +113,14 @@ class Reporter:
             k=list(self._pec.k),
             plt=ledger.plt,
         )
-        self._monitor({"k": max(self._pec.k, default=0), "lost_tokens": lost})
+        self.monitor({"k": max(self._pec.k, default=0), "lost_tokens": lost})
 
     def _log(self, store: Store) -> EventLog:
         if store.url not in self._logs:
             self._logs[store.url] = EventLog(store)
         return self._logs[store.url]
 
-    def _monitor(self, values: dict[str, float]) -> None:
+    def monitor(self, values: dict[str, float]) -> None:
         """Hands PLT and `values` to DeepSpeed's monitor, by samples as its own curves."""
         monitor = getattr(self._engine, "monitor", None)
         if monitor is None or not getattr(monitor, "enabled", False):
@@ -138,7 +138,8 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """Returns a number of bytes for people."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":

@@ -14,26 +14,34 @@ from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, digest_rng
 from moc_ckpt.integrations.deepspeed.view import replicated_items
-from moc_ckpt.persist.writer import SaveId, write_rank
+from moc_ckpt.persist.writer import SaveId, build_part, write_prepared
 from moc_ckpt.plan.save_plan import plan_save
 from moc_ckpt.plan.sharding import Replicated, Share, plan_shares
 from moc_ckpt.snapshot.live import LiveSource, byte_view
 from moc_ckpt.state.catalog import Catalog, Entry
 from moc_ckpt.state.fragment import Fragment, TensorKey
 from moc_ckpt.state.plain import encode_plain
-from moc_ckpt.state.scalars import ScalarRecord, collect_scalars
+from moc_ckpt.state.scalars import collect_scalars
 from moc_ckpt.state.unit import UnitMap, Version, expert_unit, parse_expert_unit
 from moc_ckpt.storage.checkpoint import check_tag
 from moc_ckpt.storage.checksum import crc32c
-from moc_ckpt.storage.manifest import MoELayerRecord, Topology
+from moc_ckpt.storage.manifest import CommitInfo, MoELayerRecord, Topology
 from moc_ckpt.storage.store import Store
 
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["CLIENT_STATE", "STATE", "SaveRequest", "SaveResult", "directory_text", "rank_file", "save"]
+__all__ = [
+    "CLIENT_STATE",
+    "SaveRequest",
+    "SaveResult",
+    "commit_info",
+    "declared_parameters",
+    "directory_text",
+    "rank_file",
+    "save",
+]
 
-STATE = "state.msgpack"
 CLIENT_STATE = "client_state.pt"
 
 
@@ -68,10 +76,7 @@ class _Local:
     exclude_frozen: bool
     full: bool
     replicated: list[Replicated]
-    scalars: list[ScalarRecord]
-    rng: dict[str, str]
     buffers: dict[str, int]
-    parameters: int
 
 
 @dataclass(slots=True)
@@ -80,8 +85,9 @@ class _Prepared:
 
     catalog: Catalog | None = None
     rng: dict[str, Any] = field(default_factory=dict)
+    optimizer: bytes = b""
     client_state: bytes = b""
-    engine_state: dict[str, Any] = field(default_factory=dict)
+    state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,15 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
 
     ident = SaveId(request.tag, opened.save_id, Version(opened.attempt, engine.global_steps), comm.rank, comm.world)
 
+    def info() -> CommitInfo:
+        return commit_info(
+            moc,
+            save_latest=request.save_latest,
+            ledger=moc.pec.manifest_data(selection, ledger) if catalog.layers else None,
+            selected=sorted(selected),
+            state=prepared.state,
+        )
+
     def write() -> None:
         shares = plan_shares(
             (item for reply in local for item in reply.replicated if is_saved(units.unit_of(item.key.fqn))),
@@ -147,25 +162,24 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
         ]
         plan = plan_save([(fragment, unit) for unit, fragment, _ in mine])
         sources = [LiveSource(pack, [mine[item.index][2] for item in pack.fragments]) for pack in plan.packs]
-        extras = _extras(moc, request, catalog, prepared, local)
+        extras = _extras(moc, catalog, prepared, local)
         skipped = {entry.fragment.key for entry in catalog.entries if request.exclude_frozen and entry.frozen}
         declared = {key: value for key, value in catalog.declared.items() if key not in skipped}
-        tokens = moc.pec.tokens(selection, ledger)
-        threads = moc.config.storage.writer_threads
-        write_rank(store, ident, plan, sources, extras, declared, threads=threads, tokens=tokens)
+        part = build_part(
+            ident,
+            plan,
+            declared,
+            tokens=moc.pec.tokens(selection, ledger),
+            parameters=declared_parameters(catalog),
+            rng=digest_rng(prepared.rng),
+            optimizer=prepared.optimizer,
+            commit=info() if comm.rank == 0 else None,
+        )
+        write_prepared(store, part, sources, extras, threads=moc.config.host.writer_threads)
 
     try:
         comm.agree("writing the checkpoint", write)
-        nbytes = moc.commit(
-            store,
-            ident,
-            topology=_topology(moc),
-            moe_layers=[MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in catalog.layers],
-            parameters=sum(reply.parameters for reply in local),
-            save_latest=request.save_latest,
-            ledger=moc.pec.manifest_data(selection, ledger) if catalog.layers else None,
-            selected=selected,
-        )
+        nbytes = moc.commit(store, ident)
     except Exception as error:
         moc.report.failed(store, request.tag, error)
         raise
@@ -179,8 +193,13 @@ def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset
     catalog = moc.view.catalog(moc.comm.rank, stored_weights)
     prepared.catalog = catalog
     prepared.rng = capture_rng()
-    prepared.engine_state = capture_engine(moc.engine)
-    encode_plain(prepared.engine_state, "engine")
+    prepared.optimizer = encode_plain(collect_scalars(catalog, moc.view.state_of), "optimizer")
+    state = {
+        "engine": capture_engine(moc.engine),
+        "underived": sorted(moc.underived),
+        "excluded_frozen": request.exclude_frozen,
+    }
+    prepared.state = encode_plain(state, "state")
     if moc.comm.rank == 0:
         prepared.client_state = encode_client_state(request.client_state, trust=moc.config.recovery.trust_client_state)
     return _Local(
@@ -191,10 +210,7 @@ def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset
         exclude_frozen=request.exclude_frozen,
         full=request.full,
         replicated=replicated_items(catalog, skip_frozen=request.exclude_frozen),
-        scalars=collect_scalars(catalog, moc.view.state_of),
-        rng=digest_rng(prepared.rng),
         buffers={item.fqn: _checksum(item.tensor) for item in catalog.buffers()},
-        parameters=_declared_parameters(catalog),
     )
 
 
@@ -229,13 +245,7 @@ def _pieces(
     ]
 
 
-def _extras(
-    moc: MocCheckpoint,
-    request: SaveRequest,
-    catalog: Catalog,
-    prepared: _Prepared,
-    local: list[_Local],
-) -> dict[str, bytes]:
+def _extras(moc: MocCheckpoint, catalog: Catalog, prepared: _Prepared, local: list[_Local]) -> dict[str, bytes]:
     rank = moc.comm.rank
     # The logical value of a buffer is its first replica's; a rank whose own differs keeps it for an equal world.
     own = {
@@ -245,20 +255,11 @@ def _extras(
     }
     extras = {rank_file(rank): encode_plain({"rng": prepared.rng, "buffers": own}, "rank state")}
     if rank == 0:
-        shared = [name for name in local[0].rng if all(reply.rng.get(name) == local[0].rng[name] for reply in local)]
-        state = {
-            "engine": prepared.engine_state,
-            "optimizer": [record for reply in local for record in reply.scalars],
-            "underived": sorted(moc.underived),
-            "excluded_frozen": request.exclude_frozen,
-            "rng_shared": shared,
-        }
-        extras[STATE] = encode_plain(state, "state")
         extras[CLIENT_STATE] = prepared.client_state
     return extras
 
 
-def _declared_parameters(catalog: Catalog) -> int:
+def declared_parameters(catalog: Catalog) -> int:
     """Counts the elements of the parameters of which this rank is the first replica."""
     trained = sum(shard.param.numel() for shard in catalog.shards if shard.replicas[0] == catalog.rank)
     frozen = sum(
@@ -269,6 +270,29 @@ def _declared_parameters(catalog: Catalog) -> int:
 
 def _checksum(tensor: torch.Tensor) -> int:
     return int(crc32c(byte_view(tensor.detach().cpu().contiguous().reshape(-1)).numpy()))
+
+
+def commit_info(
+    moc: MocCheckpoint, *, save_latest: bool, ledger: dict[str, Any] | None, selected: list[str], state: bytes
+) -> CommitInfo:
+    """Returns what rank 0's part says about a save, so that others can commit it. Not collective.
+
+    Args:
+        moc: the plugin.
+        save_latest: let `latest` name the checkpoint.
+        ledger: the lost-token ledger as plain data; None without MoE layers.
+        selected: expert units that the save takes.
+        state: the encoded map for `state.msgpack`.
+    """
+    layers = moc.view.names.layers
+    return CommitInfo(
+        topology=_topology(moc),
+        moe_layers=[MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in layers],
+        save_latest=save_latest,
+        ledger=ledger,
+        selected=selected,
+        state=state,
+    )
 
 
 def _topology(moc: MocCheckpoint) -> Topology:

@@ -1,0 +1,199 @@
+"""What a snapshot takes beside tensors: RNG, optimizer scalars, counters, schedulers, buffers (DESIGN section 8).
+
+Taking must cost the training loop next to nothing, so values are copied at the step boundary and encoded later, in
+the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
+from moc_ckpt.integrations.deepspeed.rng import capture_rng
+from moc_ckpt.integrations.deepspeed.view import EngineView
+from moc_ckpt.plan.sharding import Share
+from moc_ckpt.snapshot.records import page_rounded
+from moc_ckpt.snapshot.sources import Sources, UnitSource, build_sources
+from moc_ckpt.snapshot.stager import Piece
+from moc_ckpt.state.catalog import Catalog, Entry
+from moc_ckpt.state.fragment import WEIGHT, TensorKey
+from moc_ckpt.state.plain import encode_plain
+from moc_ckpt.state.scalars import CapturedScalars, ScalarReader
+from moc_ckpt.state.unit import EXPERTS_MARK
+
+__all__ = ["Captured", "LiveState", "StateReader"]
+
+
+@dataclass(slots=True)
+class Captured:
+    """The state of one step boundary, on the way into a snapshot.
+
+    Attributes:
+        rng: every generator's state.
+        scalars: the optimizer's scalars and options.
+        state: counters, schedulers and scaler, encoded.
+        buffers: clones of this rank's persistent buffers, by name.
+    """
+
+    rng: dict[str, Any]
+    scalars: CapturedScalars
+    state: bytes
+    buffers: dict[str, torch.Tensor]
+
+
+class StateReader:
+    """Reads one engine's state again and again; what to read is found once. Not thread-safe.
+
+    Args:
+        view: the engine.
+        catalog: its catalog; build a new reader once `addresses` differ.
+    """
+
+    def __init__(self, view: EngineView, catalog: Catalog) -> None:
+        self._view = view
+        self._engine = view.engine
+        self._scalars = ScalarReader(catalog, view.state_of)
+        self._weights = {item.fqn: item.tensor for item in catalog.weights} | {
+            shard.fqn: shard.param for shard in catalog.shards
+        }
+        wanted = {id(item.tensor): item.fqn for item in catalog.buffers()}
+        self._buffers: list[tuple[str, torch.nn.Module, str]] = []
+        for module in self._engine.module.modules():
+            for name, buffer in module._buffers.items():
+                fqn = wanted.pop(id(buffer), None) if buffer is not None else None
+                if fqn is not None:
+                    self._buffers.append((fqn, module, name))
+        self._names = frozenset(fqn for fqn, _, _ in self._buffers)
+        # A rank whose own differs from the first replica's keeps it, for a restart in an equal world.
+        self.shared_buffers = tuple(sorted(fqn for fqn in self._names if EXPERTS_MARK not in fqn))
+        stored = [entry.fragment.fqn for entry in catalog.entries if entry.fragment.kind == WEIGHT]
+        self._stored = [self._weights[fqn] for fqn in stored if fqn not in self._names]
+
+    def is_volatile(self, entry: Entry) -> bool:
+        """Tells whether an entry may change before the next update: buffers change in forward."""
+        return entry.fragment.kind == WEIGHT and entry.fragment.fqn in self._names
+
+    def addresses(self) -> tuple[int, ...]:
+        """Returns where the tensors are now: other addresses mean that views on them are stale.
+
+        Microseconds per tensor: under ZeRO there are a few flat partitions.
+        """
+        found: list[int] = []
+        optimizer = self._view.optimizer
+        for group in optimizer.param_groups:
+            for key in group["params"]:
+                found.append(key.data_ptr())
+                found += [
+                    value.data_ptr()
+                    for value in self._view.state_of(key).values()
+                    if isinstance(value, torch.Tensor) and value.dim()
+                ]
+        found += [tensor.data_ptr() for tensor in self._stored]
+        return tuple(found)
+
+    def capture(self, underived: Collection[str] = ()) -> Captured:
+        """Copies the state of this moment. Not collective; waits for no device.
+
+        Args:
+            underived: parameters whose weights are stored because they are not their masters' casts.
+
+        Raises:
+            NotPlainError: if a scheduler has state that is not plain data.
+        """
+        state = {"engine": capture_engine(self._engine), "underived": sorted(underived), "excluded_frozen": False}
+        return Captured(
+            rng=capture_rng(),
+            scalars=self._scalars.capture(),
+            # Schedulers hand out their live lists, so these few numbers are encoded at once.
+            state=encode_plain(state, "state"),
+            buffers={fqn: module._buffers[name].detach().clone() for fqn, module, name in self._buffers},  # type: ignore[union-attr]
+        )
+
+    def pieces(self, source: UnitSource, captured: Captured) -> tuple[Piece, ...]:
+        """Returns what to copy of a unit: live memory, and clones of what may change before the next update."""
+        if not source.volatile:
+            return source.pieces
+        clones = []
+        for item in source.volatile:
+            whole = captured.buffers.get(item.fqn)
+            if whole is None:
+                # Not a view of memory in row-major order, so its bytes in order are a copy anyway.
+                whole = captured.buffers[item.fqn] = self._weights[item.fqn].detach().clone()
+            flat = whole.reshape(-1)[item.start : item.stop]
+            clones.append(Piece(flat.view(torch.uint8), item.offset))
+        return (*source.pieces, *clones)
+
+    def optimizer_blob(self, captured: Captured) -> bytes:
+        """Encodes the optimizer's scalars as a part carries them; any thread."""
+        return encode_plain(self._scalars.records(captured.scalars), "optimizer")
+
+    def own_buffers(self, captured: Captured, rank: int, sources: Mapping[str, int], *, same: bool) -> dict[str, Any]:
+        """Returns the buffers that this rank keeps for itself.
+
+        Args:
+            captured: the clones.
+            rank: this rank.
+            sources: the rank whose buffer counts for everybody, by name.
+            same: all ranks' dense buffers are equal.
+        """
+        shared = set(self.shared_buffers)
+        return {
+            fqn: tensor.cpu()
+            for fqn, tensor in captured.buffers.items()
+            if fqn in self._names and sources[fqn] != rank and not (same and fqn in shared)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LiveState:
+    """Where everything lies that this rank copies; of no use once tensors were replaced.
+
+    Attributes:
+        catalog: the rank's catalog.
+        reader: reads what is not in slots.
+        sources: what goes into slots.
+        first_holders: for each persistent buffer the rank whose value counts, as in DeepSpeed.
+        parameters: number of parameters of which this rank is the first replica.
+        addresses: where the tensors were.
+    """
+
+    catalog: Catalog
+    reader: StateReader
+    sources: Sources
+    first_holders: Mapping[str, int]
+    parameters: int
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def find(
+        cls, view: EngineView, catalog: Catalog, shares: Mapping[TensorKey, tuple[Share, ...]], parameters: int
+    ) -> LiveState:
+        """Finds everything. Not collective.
+
+        Args:
+            view: the engine.
+            catalog: its catalog.
+            shares: who writes what of the tensors that several ranks hold.
+            parameters: number of parameters of which this rank is the first replica.
+        """
+        reader = StateReader(view, catalog)
+        return cls(
+            catalog=catalog,
+            reader=reader,
+            sources=build_sources(catalog, shares, is_volatile=reader.is_volatile),
+            first_holders={item.fqn: item.replicas[0] for item in catalog.buffers()},
+            parameters=parameters,
+            addresses=reader.addresses(),
+        )
+
+    def slot_rows(self) -> tuple[int, list[tuple[int, int, int, int]]]:
+        """Returns the bytes of the dense slot, and (layer, expert, rank, bytes) of every expert's slot, in pages."""
+        dense = self.sources.dense.nbytes if self.sources.dense is not None else 0
+        rows = [
+            (*place, self.catalog.rank, page_rounded(source.nbytes)) for place, source in self.sources.experts.items()
+        ]
+        return page_rounded(dense), rows

@@ -1,0 +1,221 @@
+"""What a rank needs on its node for snapshots: arena, stager, votes, and the agent's client."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moc_ckpt.errors import ConfigError
+from moc_ckpt.integrations.deepspeed.pec import PartialExperts
+from moc_ckpt.pec.holdings import largest_window
+from moc_ckpt.pec.k_values import AUTO, K
+from moc_ckpt.pec.ownership import Ownership
+from moc_ckpt.persist.client import AgentClient
+from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello
+from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
+from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity
+from moc_ckpt.snapshot.places import arena_path, job_dir, job_key
+from moc_ckpt.snapshot.stager import Stager, register
+from moc_ckpt.votes import Votes
+
+if TYPE_CHECKING:
+    from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
+
+__all__ = ["Host"]
+
+logger = logging.getLogger("moc_ckpt")
+
+_CONNECT_S = 60.0
+_PROGRESS_S = 2.0
+# State beside tensors: sparse, so only what is used takes memory.
+_EXTRA_BYTES = 1 << 30
+
+
+class Host:
+    """Arena, stager, votes and agent of one rank. Building it is collective; using it is not.
+
+    Args:
+        moc: the engine's plugin, with its experts' side ready.
+        ownership: bytes of the slots of every expert, and of dense state, on every rank.
+
+    Attributes:
+        device: the device that trains.
+        arena: this rank's arena.
+        stager: copies into it.
+        votes: the background reductions.
+        agent: the connection to the node's agent.
+        ownership: as given.
+        dense_bytes: bytes of a dense slot.
+        max_k: the largest K that the arena has room for.
+        keep_committed: what the last commit holds is kept in memory, too.
+    """
+
+    def __init__(self, moc: MocCheckpoint, ownership: Ownership) -> None:
+        comm, config = moc.comm, moc.config
+        self.device = torch.device(moc.engine.device)
+        self.ownership = ownership
+        self._config = config
+        self._pec: PartialExperts = moc.pec
+        self._rank = comm.rank
+        own = ownership.rank == comm.rank
+        self.dense_bytes = int(ownership.dense[comm.rank])
+        self._expert_bytes = {
+            str(unit): int(nbytes) for unit, nbytes in zip(ownership.unit[own], ownership.nbytes[own], strict=True)
+        }
+        self.max_k = max(ownership.experts, default=1)
+        job, run = comm.from_first("naming the job", lambda: (job_key(config.save_dir), uuid.uuid4().hex[:12]))
+        self.job, self.run = job, run
+        node = _node()
+        nodes = comm.exchange("finding the ranks of each node", lambda: node)
+        local_rank = nodes[: comm.rank].count(node)
+        self._windows: dict[K, int] = {}
+        need = comm.agree("sizing the arena", self._need)
+        # K is the same on all ranks, so the one with the least memory decides.
+        self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
+        self.keep_committed = need.keep_committed
+        self.arena: Arena = comm.agree("creating the arena", lambda: self._create(moc, need), wait="commit")
+        memory = torch.from_numpy(self.arena.array)
+        deadline = config.timeouts.commit_s
+        self.stager = Stager(memory, self.device, deadline_s=deadline)
+        self.votes = Votes(deadline_s=config.timeouts.rendezvous_s)
+        hello = Hello(
+            protocol=PROTOCOL,
+            version=moc.version,
+            job=job,
+            run=run,
+            rank=comm.rank,
+            local_rank=local_rank,
+            world=comm.world,
+            pid=os.getpid(),
+            arena=str(self.arena.path),
+        )
+        self.agent = AgentClient(
+            job_dir(job, create=True),
+            hello,
+            may_start=local_rank == 0,
+            linger_s=config.host.linger_s,
+            connect_s=_CONNECT_S,
+        )
+        comm.agree("connecting to the node agent", self.agent.start, wait="commit")
+
+    def window_bytes(self, k: K) -> int:
+        """Returns the bytes of experts that the largest snapshot with K experts per layer takes of this rank."""
+        found = self._windows.get(k)
+        if found is None:
+            config = self._config
+            found = self._windows[k] = largest_window(
+                self.ownership,
+                self._pec.snapshot_k(k),
+                self._rank,
+                method=config.selection,
+                balance=config.balance == "fill",
+            )
+        return found
+
+    def _need(self) -> ArenaNeed:
+        """Sizes the arena; with K `auto` it is as large as the budget allows."""
+        config = self._config
+        budget = None if config.host.memory_budget_gib is None else int(config.host.memory_budget_gib * 2**30)
+        while True:
+            try:
+                return apply_budget(
+                    self._need_of(self.max_k if config.k_snapshot == AUTO else config.k_snapshot), budget
+                )
+            except ConfigError:
+                if config.k_snapshot != AUTO or config.selection == "full" or self.max_k <= 1:
+                    raise
+                self.max_k -= 1
+
+    def _need_of(self, k: K) -> ArenaNeed:
+        config = self._config
+        # Only where snapshots go on beside a persist does the persist need room of its own.
+        beside = config.snapshot_interval != 0
+        persist = k if config.k_persist == AUTO else config.k_persist
+        return arena_need(
+            self._expert_bytes,
+            self.window_bytes(k),
+            self.dense_bytes,
+            pins_bytes=self.window_bytes(persist) if beside else 0,
+            pinned_dense=int(beside),
+            keep_committed=config.host.keep_committed,
+        )
+
+    def _create(self, moc: MocCheckpoint, need: ArenaNeed) -> Arena:
+        begin = time.perf_counter()
+        spec = ArenaSpec(need.dense, need.experts, _EXTRA_BYTES, need.slots)
+        path = arena_path(job_dir(self.job, create=True), self.run, self._rank)
+        identity = Identity(
+            job=self.job,
+            run=self.run,
+            rank=self._rank,
+            world=moc.comm.world,
+            pid=os.getpid(),
+            node=socket.gethostname(),
+            url=moc.config.save_dir,
+            attempt=None,
+            created=time.time(),
+        )
+        arena = Arena.create(path, spec, identity, progress=_progress("populating", self._rank))
+        try:
+            register(torch.from_numpy(arena.array[: spec.reserved]), _progress("pinning", self._rank))
+        except BaseException:
+            arena.close()
+            arena.unlink()
+            raise
+        if self._rank == 0:
+            logger.info(
+                "arena: %.2f GiB of shared memory per rank (%s), ready in %.1f s",
+                need.total / 2**30,
+                need.formula,
+                time.perf_counter() - begin,
+            )
+        return arena
+
+    def event(self, url: str, kind: str, step: int, *, attempt: int | None = None, **fields: Any) -> None:
+        """Adds a line to the event log of a directory, through the agent; never raises."""
+        self.agent.event(Event(url=url, event=kind, attempt=attempt, step=step, fields=fields))
+
+    def close(self) -> None:
+        """Lets go of everything; the arena's file stays for a recovery. Doing it again changes nothing."""
+        self.votes.close()
+        self.stager.close()
+        self.agent.close(_CONNECT_S)
+        self.arena.close()
+
+
+def _node() -> str:
+    """Names this node, so that ranks on one find each other: containers share a kernel but not a /dev/shm."""
+    shared = Path(os.environ.get("MOC_SHM_DIR", "/dev/shm"))
+    with suppress(OSError):
+        place = shared.stat()
+        return f"{place.st_dev}:{place.st_ino}/{socket.gethostname()}/{_boot_id()}"
+    return f"{shared}/{socket.gethostname()}/{_boot_id()}"
+
+
+def _boot_id() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def _progress(what: str, rank: int) -> Callable[[int, int], None]:
+    """Returns a progress callback that logs on rank 0 if it takes long."""
+    last = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if rank == 0 and (now - last > _PROGRESS_S):
+            last = now
+            logger.info("%s host memory: %.1f of %.1f GiB", what, done / 2**30, total / 2**30)
+
+    return progress

@@ -1,0 +1,531 @@
+"""Snapshots beside training, and saves on their way to storage (DESIGN sections 8 and 9).
+
+Three threads of a trainer share the work. The training thread decides which experts and which slots; it waits for
+neither network, nor disk, nor device. The stager's thread copies. The votes' thread reduces the ranks' statuses,
+encodes what is not a tensor, and hands whole snapshots to the node agent (`background`). What a vote said is acted upon
+at the next one, on all ranks alike (invariant I7).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from moc_ckpt.errors import MocError, RankError, RendezvousTimeoutError, StorageError
+from moc_ckpt.integrations.deepspeed.background import Background, Round
+from moc_ckpt.integrations.deepspeed.capture import LiveState
+from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
+from moc_ckpt.integrations.deepspeed.host import Host
+from moc_ckpt.integrations.deepspeed.in_flight import Directory, SaveInFlight
+from moc_ckpt.integrations.deepspeed.pipeline_report import PipelineReport
+from moc_ckpt.integrations.deepspeed.rounds import MAX_IN_FLIGHT, Tally
+from moc_ckpt.integrations.deepspeed.save import SaveRequest, declared_parameters
+from moc_ckpt.integrations.deepspeed.tuning import Tuner
+from moc_ckpt.integrations.deepspeed.view import replicated_items
+from moc_ckpt.pec.holdings import DirectoryVersions, MemoryVersions, plan_persist, plan_snapshot
+from moc_ckpt.pec.ownership import Ownership
+from moc_ckpt.pec.selector import SaveHistory, Selection
+from moc_ckpt.plan.sharding import Replicated, plan_shares
+from moc_ckpt.snapshot.local_slots import DENSE_UNIT, LocalSlots
+from moc_ckpt.state.unit import expert_unit
+from moc_ckpt.storage.checkpoint import check_tag
+
+if TYPE_CHECKING:
+    from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
+
+__all__ = ["Pipeline"]
+
+logger = logging.getLogger("moc_ckpt")
+
+# Between two looks at saves that somebody waits for.
+_POLL_S = 0.01
+
+
+class Pipeline:
+    """Automatic snapshots and asynchronous saves of one engine. Methods are collective where they say so.
+
+    Building it is collective. Everything public belongs to the training thread.
+
+    Args:
+        moc: the engine's plugin, with its experts' side ready.
+
+    Attributes:
+        host: arena, stager, votes and agent of this rank.
+        tuner: K and the intervals that apply now.
+    """
+
+    def __init__(self, moc: MocCheckpoint) -> None:
+        self._moc = moc
+        self._config = moc.config
+        self._rank, self._world = moc.comm.rank, moc.comm.world
+        self._memory = MemoryVersions([layer.num_experts for layer in moc.view.names.layers])
+        self._replicated: list[Replicated] | None = None
+        self._stored: frozenset[str] = frozenset()
+        self._live = self._find_state()
+        self.host = Host(moc, self._slot_ownership())
+        self.tuner = Tuner(moc.config, moc.pec, self.host, self._rank)
+        self._slots = LocalSlots(self.host.arena, keep_committed=self.host.keep_committed)
+        self._report = PipelineReport(moc, self.host)
+        self._background = Background(moc, self.host, self._slots, self.tuner, self._report)
+        self._directories: dict[str, Directory] = {}
+        self._saves: list[SaveInFlight] = []
+        self._number = 0
+        self._provider: Callable[[], Mapping[str, Any]] | None = None
+        self._broken: Exception | None = None
+        self._unreported: list[MocError] = []
+        self.reset(None)
+
+    # ------------------------------------------------------------------------------------------ public
+
+    def register_state(self, provider: Callable[[], Mapping[str, Any]] | None) -> None:
+        """Sets what gives automatic snapshots the caller's client state; called on rank 0 at each of them."""
+        self._provider = provider
+
+    def before_update(self) -> None:
+        """Keeps the optimizer's update behind the copies that read what it overwrites. Never raises."""
+        try:
+            self.tuner.update_begins()
+            self.tuner.stalled(self.host.stager.before_update())
+        except Exception as error:
+            if self._last is not None and self._last.job is not None:
+                # The copy may be torn, so it must never count as whole.
+                self._last.error = error
+            self._break(error)
+
+    def step_done(self) -> None:
+        """Takes the snapshot and begins the persist that are due after an optimizer step.
+
+        Collective in effect: all ranks do the same at the same step, and nothing waits unless the last vote is still
+        under way. Never raises (invariant I8).
+        """
+        step = int(self._moc.engine.global_steps)
+        self.tuner.step_ended()
+        snapshot, persist = self.tuner.due(step)
+        # While something is under way every step votes: what storage has written frees memory at once.
+        if self._broken is not None or not (snapshot or persist or self._saves or self._unconfirmed):
+            return
+        begin = time.perf_counter()
+        self._report.flush(self.tuner)
+        try:
+            self._adopt()
+            if snapshot or persist:
+                self._automatic(step, persist=persist)
+            else:
+                self._submit(self._round(step, ("step", step)))
+        except Exception as error:
+            self._break(error)
+        self.tuner.snapshot_took(time.perf_counter() - begin)
+
+    def save(self, request: SaveRequest) -> SaveInFlight:
+        """Schedules a checkpoint of the live state; collective. Waits for saves that are still under way.
+
+        Returns:
+            The save; `wait_for` waits for it.
+
+        Raises:
+            MocError: on all ranks, if it cannot begin.
+        """
+        self._check_alive()
+        begin = time.perf_counter()
+        moc, step = self._moc, int(self._moc.engine.global_steps)
+        check_tag(request.tag)
+        if request.save_dir not in self._directories:
+            # The ranks meet here, so what is wrong with the arguments raises on all of them. Later saves do not meet:
+            # their errors fail the save, and `wait` raises them.
+            moc.comm.agree("checking client_state", partial(self._encode, request), wait="rendezvous")
+        directory = self._open(request.save_dir)
+        call = ("save", step)
+        self._settle(call)
+        self._refresh(may_meet=True)
+        current = self._round(step, call)
+        current.arguments = (request.tag, request.save_dir, request.save_latest)
+        try:
+            current.client_state = self._encode(request)
+        except MocError as error:
+            current.error = error
+        self._begin_snapshot(current)
+        save = self._begin_save(current, directory, request.tag, explicit=True)
+        save.save_latest = request.save_latest
+        self._submit(current)
+        self.tuner.snapshot_took(time.perf_counter() - begin)
+        return save
+
+    def wait(self, timeout_s: float, only: SaveInFlight | None = None) -> None:
+        """Waits until saves of this rank have ended. Not collective.
+
+        Args:
+            timeout_s: seconds to wait at most.
+            only: the save to wait for; None for all.
+
+        Raises:
+            RendezvousTimeoutError: if they do not end in time; names them.
+            MocError: what the save, or the first one since the last call, failed with; the log has all of them.
+        """
+        deadline = time.monotonic() + timeout_s
+        wanted = [only] if only is not None else list(self._saves)
+        while pending := [save for save in wanted if save.outcome is None]:
+            if time.monotonic() > deadline:
+                raise RendezvousTimeoutError(
+                    f"not committed after {timeout_s:g} s: {', '.join(save.tag for save in pending)}",
+                    where=f"rank {self._rank} of {self._world}",
+                    fix="`moc-ckpt agent status` shows what the agents are doing; the log says which ranks are late",
+                )
+            time.sleep(_POLL_S)
+        errors = [error for save in wanted if (error := save.error()) is not None]
+        for save in wanted:
+            save.reported = True
+        errors = [*self._unreported, *errors] if only is None else errors
+        if only is None:
+            self._unreported = []
+        if errors:
+            raise errors[0]
+
+    def quiesce(self) -> None:
+        """Brings everything under way to its end, before live state or directories change otherwise; collective."""
+        if self._broken is None:
+            try:
+                self._settle(("quiesce", int(self._moc.engine.global_steps)))
+            except Exception as error:
+                self._break(error)
+        self.host.stager.join()
+
+    def reset(self, history: SaveHistory | None) -> None:
+        """Forgets memory and directories: the live state has become another one. Not collective; on all ranks.
+
+        Args:
+            history: the saves of the directory that it was restored from; None if nothing is known of any.
+        """
+        self._slots.free_all()
+        self._memory.forget()
+        self._directories.clear()
+        self._background.learnt.clear()
+        self._history = SaveHistory.start(self._memory.experts)
+        if history is not None:
+            self._history = SaveHistory(history.rotation, self._history.ages, self._history.saved)
+        self._last: Round | None = None
+        self._before: Round | None = None
+        self._unconfirmed: Round | None = None
+        self._copied_at = -1
+        self._adopted = True
+        self._room = True
+
+    def forget_directory(self, save_dir: str) -> None:
+        """Forgets what a directory holds: a save that did not go through here has changed it."""
+        self._directories.pop(save_dir, None)
+
+    def close(self, timeout_s: float) -> None:
+        """Waits for saves under way, then lets go of agent and arena. Not collective."""
+        try:
+            if not self.host.votes.idle(timeout_s):
+                logger.warning("a vote is still under way after %g s", timeout_s)
+            self.wait(timeout_s)
+        except MocError as error:
+            logger.warning("%s", error)
+        self.host.close()
+
+    # ------------------------------------------------------------------------------------------ where state lies
+
+    def _find_state(self) -> LiveState:
+        """Finds where everything lies; collective the first time and after the set of stored weights has changed."""
+        moc = self._moc
+        stored = moc.stored_weights()
+        catalog = moc.view.catalog(self._rank, stored)
+        if self._replicated is None or stored != self._stored:
+            found = moc.comm.exchange("reading replicated state", lambda: replicated_items(catalog, skip_frozen=False))
+            if self._replicated is not None:
+                # Experts consist of other tensors now: versions from before must not meet new ones.
+                self._memory.forget()
+            self._replicated = [item for reply in found for item in reply]
+            self._stored = stored
+        everyone = [(layer, expert) for layer, count in enumerate(self._memory.experts) for expert in range(count)]
+        shares = plan_shares(self._replicated, moc.pec.sole_loads(everyone), mode=self._config.sharding)
+        live = LiveState.find(moc.view, catalog, shares, declared_parameters(catalog))
+        # State that is not plain data is refused here, and not at some snapshot.
+        live.reader.optimizer_blob(live.reader.capture())
+        return live
+
+    def _slot_ownership(self) -> Ownership:
+        """Returns the bytes of all ranks' slots; collective."""
+        rows = self._moc.comm.exchange("reading the sizes of slots", self._live.slot_rows)
+        return Ownership.from_rows(
+            self._memory.experts, self._world, (row for _, own in rows for row in own), [dense for dense, _ in rows]
+        )
+
+    def _refresh(self, *, may_meet: bool) -> None:
+        """Looks whether tensors were replaced, or (where ranks may meet) need not be stored any more."""
+        if self._live.reader.addresses() != self._live.addresses or (may_meet and self._moc.weights_may_be_derived):
+            self._live = self._find_state()
+
+    # ------------------------------------------------------------------------------------------ deciding
+
+    def _automatic(self, step: int, *, persist: bool) -> None:
+        call, waits = ("step", step), self._config.host.on_busy == "wait"
+        directory = self._directory_for_persist() if persist else None
+        if directory is not None:
+            busy = [save for save in self._saves if save.directory is directory]
+            if (busy or len(self._saves) == MAX_IN_FLIGHT) and waits:
+                self._settle(call)
+            elif busy or len(self._saves) == MAX_IN_FLIGHT:
+                self._skipped(step, "persist", f"{self._saves[0].tag} is still being written")
+                directory = None
+        if not self._room and waits:
+            self._settle(call)
+        if not self._room:
+            self._skipped(step, "snapshot", "the arena has no room while older versions are still being written")
+            self._submit(self._round(step, call))
+            return
+        self._refresh(may_meet=False)
+        current = self._round(step, call)
+        self._begin_snapshot(current)
+        if directory is not None:
+            self._begin_save(current, directory, f"global_step{step}", explicit=False)
+        if self._rank == 0:
+            self._ask_provider(current)
+        self._submit(current)
+
+    def _directory_for_persist(self) -> Directory | None:
+        """Returns save_dir, opened; collective the first time. None if it cannot be used now."""
+        save_dir = str(self._config.save_dir)
+        try:
+            return self._open(save_dir)
+        except MocError as error:
+            self._unreported.append(error)
+            self._report.not_opened(save_dir, error)
+            return None
+
+    def _open(self, save_dir: str) -> Directory:
+        """Returns a directory that is ready for saves; collective the first time."""
+        if save_dir not in self._directories:
+            opened = self._moc.open_directory(save_dir)
+            history = self._moc.pec.history(opened.store.url) or SaveHistory.start(self._memory.experts)
+            versions = DirectoryVersions(history, dict(opened.stored))
+            self._directories[save_dir] = Directory(opened.store, opened.attempt, opened.run_prefix, versions)
+            self._report.opened(opened.store.url, opened.attempt)
+            self.host.arena.update_identity(url=opened.store.url, attempt=opened.attempt)
+        return self._directories[save_dir]
+
+    def _encode(self, request: SaveRequest) -> bytes:
+        if self._rank:
+            return b""
+        return encode_client_state(request.client_state, trust=self._config.recovery.trust_client_state)
+
+    def _ask_provider(self, current: Round) -> None:
+        if self._provider is None:
+            self._report.no_client_state()
+            return
+        try:
+            trust = self._config.recovery.trust_client_state
+            current.client_state = encode_client_state(dict(self._provider()), trust=trust)
+        except Exception as error:
+            current.error = error
+
+    def _round(self, step: int, call: tuple[object, ...]) -> Round:
+        return Round(
+            step=step,
+            live=self._live,
+            base=self._moc.pec.ledger,
+            rotation=self._history.rotation,
+            saves=list(self._saves),
+            call=call,
+            attempt=self._attempt(),
+            counts=self._moc.pec.take_counts(),
+        )
+
+    def _begin_snapshot(self, current: Round) -> None:
+        """Selects experts, takes slots and starts the copies; where this step was copied already, only the rest."""
+        step, captured = current.step, self._live.reader.capture(self._moc.underived)
+        current.captured = captured
+        if self._copied_at == step:
+            return
+        selection = self._select()
+        self._history, current.rotation = selection.after, selection.after.rotation
+        current.snapshot, current.places = True, frozenset(selection.places)
+        self._memory.took(step, selection.places)
+        self._copied_at = step
+        sources = self._live.sources
+        mine = [sources.dense] if sources.dense is not None else []
+        mine += [sources.experts[place] for place in selection.places if place in sources.experts]
+        # Two jobs would race for the stream; the last one has long ended unless steps are very short.
+        self.tuner.stalled(self.host.stager.join())
+        versions = self._slots.begin(mine, attempt=current.attempt, step=step)
+        if versions is None:
+            current.error = current.error or StorageError(
+                "the arena has no room for a snapshot", where=str(self.host.arena.path)
+            )
+            return
+        current.versions = versions
+        work = [
+            (self._live.reader.pieces(version.source, captured), version.slot.extents)
+            for version in versions
+            if version.source is not None
+        ]
+        done = partial(self._background.copied, current)
+        current.job = self.host.stager.start(work, done, keep=captured.buffers)
+
+    def _select(self) -> Selection:
+        pec, config = self._moc.pec, self._config
+        return plan_snapshot(
+            self._memory,
+            self._history,
+            pec.ledger,
+            self.host.ownership,
+            method=config.selection,
+            k=pec.snapshot_k(self.tuner.k, self.host.max_k),
+            balance=config.balance == "fill",
+        )
+
+    def _begin_save(self, current: Round, directory: Directory, tag: str, *, explicit: bool) -> SaveInFlight:
+        """Chooses what a persist takes (DESIGN section 6), and keeps those versions."""
+        pec = self._moc.pec
+        # After repeated failures nothing that the directory should hold is taken for granted.
+        everything = directory.versions.failures > 1
+        k = pec.full_k if everything else pec.persist_k(self.tuner.k)
+        self._number += 1
+        save = current.save = SaveInFlight(
+            directory=directory,
+            save_id=f"{directory.run_prefix}{self._number:08d}",
+            tag=tag,
+            step=current.step,
+            experts=plan_persist(self._memory, directory.versions, k, full=everything),
+            k=k,
+            save_latest=True,
+            explicit=explicit,
+        )
+        sources = self._live.sources
+        save.needed = [(DENSE_UNIT, save.step)] if sources.dense is not None else []
+        save.needed += [(expert_unit(*place), step) for place, step in save.experts.items() if place in sources.experts]
+        self._slots.need(save.needed)
+        self._saves.append(save)
+        return save
+
+    def _submit(self, current: Round) -> None:
+        current.can_fill = self._expects_room()
+        self._background.submit(current, self._last)
+        self._before, self._last, self._adopted = self._last, current, False
+        if current.snapshot:
+            self._unconfirmed = current
+
+    def _expects_room(self) -> bool:
+        """Tells whether the next snapshot will find room, once the one before this round is confirmed."""
+        last, confirmed, units = self._last, self._memory.confirmed, []
+        if last is not None and last.snapshot:
+            confirmed = max(confirmed, last.step)
+            units = [expert_unit(*place) for place in last.places]
+        dense, experts = self._slots.room_after(confirmed, units)
+        return dense >= self.host.dense_bytes and experts >= self.host.window_bytes(self.tuner.k)
+
+    # ------------------------------------------------------------------------------------------ after a vote
+
+    def _adopt(self) -> None:
+        """Takes in what the last vote said; all ranks do the same."""
+        last = self._last
+        if last is None or self._adopted:
+            return
+        begin = time.perf_counter()
+        config = self._config.timeouts
+        tally, ledger = last.result.result(config.rendezvous_s + config.commit_s)
+        self.tuner.stalled(time.perf_counter() - begin)
+        self._adopted = True
+        if not tally.agreed:
+            raise RankError(
+                f"ranks do different things at step {last.step}; this one: {last.call}",
+                where=f"rank {self._rank} of {self._world}",
+                fix="call save_checkpoint at the same step on every rank",
+            )
+        self._moc.pec.ledger = ledger
+        self._room = tally.can_fill
+        self._confirm(tally)
+        for save, settled, failed in zip(last.saves, tally.settled, tally.failed, strict=True):
+            if settled:
+                self._end_save(save, committed=not failed)
+        if self.tuner.reconsider(tally):
+            self._report.retuned(self.tuner)
+
+    def _confirm(self, tally: Tally) -> None:
+        """Acts upon whether the snapshot before the last vote is whole everywhere."""
+        before = self._before
+        if before is None or not before.snapshot:
+            return
+        if self._unconfirmed is before:
+            self._unconfirmed = None
+        if tally.filled:
+            older = self._memory.confirm(before.step)
+            self._slots.confirm(before.step, [expert_unit(*place) for place in {*older, *before.places}])
+        else:
+            self._memory.drop(before.step)
+            self._slots.drop(before.step)
+            if self._copied_at == before.step:
+                self._copied_at = -1
+        live = self._memory.steps() | {step for save in self._saves for step in (save.step, *save.experts.values())}
+        for step in [step for step in self._background.learnt if step not in live]:
+            del self._background.learnt[step]
+
+    def _end_save(self, save: SaveInFlight, *, committed: bool) -> None:
+        self._saves.remove(save)
+        self._slots.release(save.needed, pinned=save.pinned, committed=committed)
+        directory = save.directory
+        if committed and save.history is not None:
+            directory.versions.committed(save.experts, save.history)
+            self._moc.pec.lower_floor(save.floor)
+            self._moc.pec.keep_history(directory.store.url, save.history)
+        else:
+            directory.versions.lost(save.experts)
+            error = save.error()
+            if error is not None and not save.reported:
+                self._unreported.append(error)
+
+    def _settle(self, call: tuple[object, ...]) -> None:
+        """Votes until no save is under way and there is room for a snapshot; all ranks vote equally often.
+
+        Raises:
+            RendezvousTimeoutError: on all ranks, if that takes longer than a commit may.
+        """
+        timeouts = self._config.timeouts
+        deadline = time.monotonic() + timeouts.commit_s + timeouts.rendezvous_s
+        begin = time.perf_counter()
+        self._adopt()
+        while self._saves or not self._room:
+            for save in self._saves:
+                while save.outcome is None and time.monotonic() < deadline:
+                    time.sleep(_POLL_S)
+            if time.monotonic() > deadline:
+                raise RendezvousTimeoutError(
+                    f"waited in vain for {', '.join(save.tag for save in self._saves) or 'room in the arena'}",
+                    where=f"rank {self._rank} of {self._world}",
+                    fix="`moc-ckpt agent status` shows what the node agents are doing; a slow storage needs a larger "
+                    "moc_checkpoint.timeouts.commit_s",
+                )
+            self._submit(self._round(int(self._moc.engine.global_steps), (*call, "waiting")))
+            self._adopt()
+        self.tuner.stalled(time.perf_counter() - begin)
+
+    # ------------------------------------------------------------------------------------------ small things
+
+    def _attempt(self) -> int:
+        """Returns the attempt that versions in memory belong to: that of save_dir, else of the first directory."""
+        found = self._directories.get(str(self._config.save_dir)) or next(iter(self._directories.values()), None)
+        return found.attempt if found is not None else 0
+
+    def _check_alive(self) -> None:
+        if self._broken is not None:
+            raise RankError(
+                f"snapshots have ended: {self._broken}",
+                where=f"rank {self._rank} of {self._world}",
+                fix="restart the job; what was committed is as it was",
+            )
+
+    def _break(self, error: Exception) -> None:
+        """Ends snapshots on this rank; training goes on (invariant I8)."""
+        if self._broken is None:
+            self._broken = error
+            self._unreported.append(
+                error if isinstance(error, MocError) else RankError(f"{type(error).__name__}: {error}")
+            )
+            self._report.broken(error)
+
+    def _skipped(self, step: int, what: str, reason: str) -> None:
+        self.tuner.skipped += 1
+        self._report.skipped(step, what, reason)

@@ -1,0 +1,210 @@
+"""K and the intervals that apply now, and the measurements that `auto` is decided from (DESIGN section 12)."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moc_ckpt.config import MocConfig
+from moc_ckpt.integrations.deepspeed.rounds import Tally
+from moc_ckpt.pec.k_values import AUTO, K
+from moc_ckpt.plan.adaptive import Decision, Interval, Measured, Settings, decide, reconsider
+from moc_ckpt.snapshot.stager import CopyJob
+
+if TYPE_CHECKING:
+    from moc_ckpt.integrations.deepspeed.host import Host
+    from moc_ckpt.integrations.deepspeed.in_flight import SaveInFlight
+    from moc_ckpt.integrations.deepspeed.pec import PartialExperts
+
+__all__ = ["Tuner"]
+
+logger = logging.getLogger("moc_ckpt")
+
+_STEPS = 16
+# The first steps compile and allocate: nothing is decided from them.
+_WARM_UP = 5
+# Until it was measured, `auto` takes a snapshot at every step: it is over after a few.
+_FIRST_INTERVAL = 1
+_FIRST_PERSIST = 10
+
+
+class Tuner:
+    """Decides when snapshots and persists are due, equally on all ranks, and measures what that depends on.
+
+    Args:
+        config: the validated configuration.
+        pec: the experts' side.
+        host: the node's side: what a snapshot takes, and how much memory there is.
+        rank: this rank; rank 0 logs.
+
+    Attributes:
+        k: K of snapshots per MoE layer; `auto` means all.
+        snapshot_interval: steps; 0: none.
+        persist_interval: steps; 0: none.
+        skipped: snapshots and persists that were skipped.
+        stall_s: seconds that the training thread lost since the last report.
+        decision: the last decision of what is `auto`; None before the first, or if nothing is.
+    """
+
+    def __init__(self, config: MocConfig, pec: PartialExperts, host: Host, rank: int) -> None:
+        device = host.device
+        self._config = config
+        self._pec = pec
+        self._ownership = host.ownership
+        self._max_k = host.max_k
+        self._rank = rank
+        self._device = device if device.type == "cuda" else None
+        self._auto = (
+            config.selection != "full" and config.k_snapshot == AUTO and config.snapshot_interval != 0,
+            config.snapshot_interval == AUTO,
+            config.persist_interval == AUTO,
+        )
+        self.k: K = config.k_snapshot if host.max_k >= max(pec.full_k, default=1) else host.max_k
+        self.snapshot_interval = self._first(config.snapshot_interval, _FIRST_INTERVAL)
+        self.persist_interval = self._first(config.persist_interval, _FIRST_PERSIST)
+        self.skipped = 0
+        self.stall_s = 0.0
+        self.decision: Decision | None = None
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._compute: deque[float] = deque(maxlen=_STEPS)
+        self._seen = 0
+        self._ended: float | None = None
+        self._in_step = 0.0
+        self._boundary: Any = None
+        self._marks: tuple[Any, Any] | None = None
+        self._copy_rate = 0
+        self._persist_rate = 0
+        self.last_copy: tuple[int, float] = (0, 0.0)
+
+    @staticmethod
+    def _first(interval: Interval, auto: int) -> int:
+        return auto if interval == AUTO else int(interval)
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Tells whether a snapshot and a persist are due after a step; a persist brings its own snapshot."""
+        snapshot = self.snapshot_interval > 0 and step % self.snapshot_interval == 0
+        persist = self.persist_interval > 0 and step % self.persist_interval == 0
+        return snapshot, persist
+
+    # ------------------------------------------------------------------------------------------ measuring
+
+    def step_ended(self) -> None:
+        """Is called at the end of every optimizer step, before anything else is done."""
+        now = time.perf_counter()
+        if self._ended is not None:
+            self._seen += 1
+            if self._seen > _WARM_UP:
+                self._steps.append(max(now - self._ended - self._in_step, 1e-6))
+        self._ended, self._in_step = now, 0.0
+        if self._device is not None and any(self._auto):
+            if self._marks is not None and self._marks[1].query():
+                self._compute.append(self._marks[0].elapsed_time(self._marks[1]) / 1000)
+                self._marks = None
+            self._boundary = torch.cuda.Event(enable_timing=True)
+            self._boundary.record()
+
+    def update_begins(self) -> None:
+        """Is called right before the optimizer's update."""
+        if self._ended is None or self._seen < _WARM_UP:
+            return
+        if self._device is None:
+            self._compute.append(max(time.perf_counter() - self._ended - self._in_step, 1e-6))
+        elif self._boundary is not None and self._marks is None:
+            # The host runs ahead of the device, so the device's clock is asked.
+            after = torch.cuda.Event(enable_timing=True)
+            after.record()
+            self._marks, self._boundary = (self._boundary, after), None
+
+    def stalled(self, seconds: float) -> None:
+        """Takes in that the training thread waited."""
+        self.stall_s += seconds
+
+    def take_stall(self) -> float:
+        """Returns the seconds that the training thread lost since the last call."""
+        seconds, self.stall_s = self.stall_s, 0.0
+        return seconds
+
+    def snapshot_took(self, seconds: float) -> None:
+        """Takes in what deciding and scheduling a snapshot cost the training thread."""
+        self.stall_s += seconds
+        self._in_step += seconds
+
+    def copied(self, job: CopyJob) -> None:
+        """Takes in a snapshot's copies; any thread."""
+        if job.seconds > 0 and job.nbytes:
+            self._copy_rate = int(job.nbytes / job.seconds)
+            self.last_copy = (job.nbytes, job.seconds)
+
+    def persisted(self, save: SaveInFlight, seconds: float) -> None:
+        """Takes in a save that has ended; any thread."""
+        if save.outcome is not None and save.outcome.committed and seconds > 0 and save.nbytes:
+            self._persist_rate = max(int(save.nbytes / seconds), 1)
+
+    def rates(self) -> dict[str, int]:
+        """Returns what this rank adds to a vote."""
+        return {
+            "copy_rate": self._copy_rate,
+            "persist_rate": self._persist_rate,
+            "compute_us": _micros(self._compute),
+            "step_us": _micros(self._steps),
+        }
+
+    # ------------------------------------------------------------------------------------------ deciding
+
+    def reconsider(self, tally: Tally) -> bool:
+        """Decides anew what is `auto`, if what was measured has changed; the same on all ranks.
+
+        Returns:
+            Whether anything is different now.
+        """
+        if not any(self._auto) or not (tally.copy_rate and tally.compute_us and tally.step_us):
+            return False
+        measured = Measured(
+            copy_bytes_per_s=float(tally.copy_rate),
+            forward_backward_s=tally.compute_us / 1e6,
+            step_s=tally.step_us / 1e6,
+            persist_bytes_per_s=float(tally.persist_rate) if tally.persist_rate else None,
+        )
+        if self.decision is not None and not reconsider(self.decision, measured):
+            return False
+        config = self._config
+        settings = Settings(
+            experts=max(self._pec.full_k, default=0),
+            k_snapshot=config.k_snapshot if config.selection != "full" else max(self._pec.full_k, default=1),
+            k_persist=config.k_persist,
+            snapshot_interval=config.snapshot_interval,
+            persist_interval=config.persist_interval,
+            mtbf_s=config.mtbf_s,
+            k_min=max(1, self._pec.ledger.floor),
+        )
+        self.decision = decision = decide(measured, settings, self._bottleneck)
+        before = (self.k, self.snapshot_interval, self.persist_interval)
+        if self._auto[0]:
+            self.k = min(max(1, decision.k), self._max_k)
+        self.snapshot_interval = decision.snapshot_interval if self._auto[1] else self.snapshot_interval
+        self.persist_interval = decision.persist_interval if self._auto[2] else self.persist_interval
+        if self._rank == 0:
+            for reason in decision.reasons:
+                logger.info("auto: %s", reason)
+        return before != (self.k, self.snapshot_interval, self.persist_interval)
+
+    def _bottleneck(self, k: int) -> int:
+        """Returns about what the most loaded rank copies with K experts per layer: its even share of the windows.
+
+        The optimum for each K would take a schedule for each; windows are balanced to a few per cent, and a decision
+        leaves a margin.
+        """
+        ownership = self._ownership
+        dense = ownership.dense
+        every = ownership.loads(range(ownership.offsets[-1])) - dense
+        share = min(1.0, k / max(ownership.experts, default=1))
+        return int((dense + every * share).max())
+
+
+def _micros(values: deque[float]) -> int:
+    return int(statistics.median(values) * 1e6) if len(values) >= _STEPS // 4 else 0

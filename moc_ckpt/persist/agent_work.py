@@ -1,0 +1,679 @@
+"""The agent's requests: a short queue, two writers, and one watcher per save (DESIGN section 9). No torch."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moc_ckpt.errors import MocError, StorageError
+from moc_ckpt.events import EventKind, EventLog
+from moc_ckpt.persist.committer import Ending, Flight, SaveKey, await_commit, retain
+from moc_ckpt.persist.protocol import Event, Outcome, Persist, Persisted, ToClient
+from moc_ckpt.persist.source import FileSource
+from moc_ckpt.persist.writer import write_prepared
+from moc_ckpt.storage.checkpoint import part_key, write_failure
+from moc_ckpt.storage.manifest import Part, decode_part
+from moc_ckpt.storage.store import Store, open_store
+
+__all__ = ["Counts", "Job", "Work"]
+
+RANKS_AT_ONCE = 2
+"""Ranks whose parts are written at the same time; more do not make one disk faster."""
+_MOST_UNFINISHED = 8
+_KEEP_FINISHED = 64
+_MOST_EVENTS = 10_000
+_MOST_THREADS = 64
+
+_log = logging.getLogger(__name__)
+
+
+class _Unwanted(MocError):
+    """Ends a write whose bytes nobody wants any more."""
+
+
+class _Aborted(Exception):
+    """Ends a write because the agent ends; the next agent does it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one rank's requests are doing; see `protocol.RankStatus`."""
+
+    queued: int = 0
+    writing: int = 0
+    committing: int = 0
+    done: int = 0
+    failed: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One rank's request.
+
+    Attributes:
+        who: (run, rank).
+        request: the request; None once it is finished.
+        save: the save that it belongs to.
+        reply: sends a message to the trainer that asked last, or drops it.
+        seq: the number that trainer gave the request.
+        arrived: monotonic seconds.
+        state: queued, writing, committing or finished.
+        persisted: what was answered when the part was durable.
+        error: why it cannot be written.
+        outcome: the final answer.
+        cancelled: set to end the write early.
+    """
+
+    who: tuple[str, int]
+    request: Persist | None
+    save: _Save
+    reply: Callable[[ToClient], None]
+    seq: int
+    arrived: float
+    state: str = "queued"
+    persisted: Persisted | None = None
+    error: MocError | None = None
+    outcome: Outcome | None = None
+    cancelled: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Save:
+    key: SaveKey
+    jobs: list[Job] = field(default_factory=list)
+    news: threading.Event = field(default_factory=threading.Event)
+    ending: Ending | None = None
+    watched: bool = False
+
+
+class Work:
+    """The agent's requests, from arrival to answer. Thread-safe.
+
+    Every rank has at most one request per directory waiting for a writer; a second one is answered with a failure
+    ("busy"), so that nothing queues without bound. A request that comes again, after a lost connection, joins the one
+    that is there; one whose part is in storage already is not written again.
+
+    Args:
+        folder: the job's directory; arenas are in it.
+        node: this node's name, for the event log.
+        grace_s: see `committer.await_commit`.
+        changed: called (from any thread) when a request is finished.
+    """
+
+    def __init__(self, folder: Path, node: str, *, grace_s: float, changed: Callable[[], None]) -> None:
+        self._folder = folder
+        self._node = node
+        self._grace_s = grace_s
+        self._changed = changed
+        self._mutex = threading.Lock()
+        self._wake = threading.Condition(self._mutex)
+        self._queue: deque[Job] = deque()
+        self._jobs: dict[tuple[str, str, str, int], Job] = {}
+        self._finished: deque[tuple[str, str, str, int]] = deque()
+        self._saves: dict[tuple[str, str, str], _Save] = {}
+        self._writing: set[str] = set()
+        self._arenas: dict[str, tuple[tuple[int, int, int], np.ndarray]] = {}
+        self._stores: dict[str, Store] = {}
+        self._logs: dict[str, EventLog] = {}
+        self._flights: dict[str, Flight] = {}
+        self._counts: dict[tuple[str, int], Counts] = {}
+        self._prefixes: dict[tuple[str, int], str] = {}
+        self._events: queue.Queue[Event | None] = queue.Queue(_MOST_EVENTS)
+        self._watchers = 0
+        self._closing = False
+        self._aborted = False
+        self._threads = [
+            threading.Thread(target=self._write_loop, name=f"moc-writer-{index}", daemon=True)
+            for index in range(RANKS_AT_ONCE)
+        ]
+        self._threads.append(threading.Thread(target=self._event_loop, name="moc-events", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    # ---- requests ----
+
+    def submit(self, who: tuple[str, int], request: Persist, reply: Callable[[ToClient], None]) -> None:
+        """Takes a request, or answers it at once: with a failure, or because it is known. Does no I/O.
+
+        Args:
+            who: (run, rank) of the trainer.
+            request: the request.
+            reply: sends a message to the trainer; called from any thread.
+        """
+        part = request.part
+        try:
+            key = SaveKey(request.url, part.tag, part.save_id, part.attempt, part.step, part.world)
+            _check(request, who[1], self._folder)
+        except MocError as error:
+            reply(_failed(request.seq, error))
+            return
+        name = (request.url, part.tag, part.save_id, part.rank)
+        with self._mutex:
+            job = self._jobs.get(name)
+            if job is not None:
+                job.reply, job.seq = reply, request.seq
+                self._answer_again(job)
+                return
+            if (busy := self._busy(who, request)) is not None:
+                reply(_failed(request.seq, busy))
+                return
+            save = self._saves.setdefault(name[:3], _Save(key))
+            job = Job(who, request, save, reply, request.seq, time.monotonic())
+            save.jobs.append(job)
+            self._jobs[name] = job
+            self._queue.append(job)
+            if request.run_prefix:
+                self._prefixes[who] = request.run_prefix
+            if not save.watched:
+                save.watched = True
+                self._watchers += 1
+                threading.Thread(target=self._watch, args=(save,), name=f"moc-commit-{key.tag}", daemon=True).start()
+            self._wake.notify_all()
+
+    def _answer_again(self, job: Job) -> None:
+        if job.persisted is not None:
+            job.reply(Persisted(job.seq, job.persisted.nbytes, job.persisted.seconds, job.persisted.cpu_seconds))
+        if job.outcome is not None:
+            old = job.outcome
+            job.reply(Outcome(job.seq, old.committed, old.what, old.where, old.fix, old.stored_bytes, old.seconds))
+
+    def _busy(self, who: tuple[str, int], request: Persist) -> MocError | None:
+        own = [
+            job
+            for job in self._jobs.values()
+            if job.who == who and job.request is not None and job.request.url == request.url
+        ]
+        queued = sum(job.state == "queued" for job in own)
+        if self._closing:
+            what = "busy: the agent is ending"
+        elif queued and not request.again:
+            what = f"busy: a save of rank {who[1]} waits for a writer already"
+        elif len(own) >= _MOST_UNFINISHED:
+            what = f"busy: {len(own)} saves of rank {who[1]} are not finished yet"
+        else:
+            return None
+        return StorageError(
+            what, where=request.url, fix="the next save tries again; save less often than storage takes"
+        )
+
+    def knows(self, request: Persist) -> bool:
+        """Tells whether a request belongs to a save that is going on."""
+        with self._mutex:
+            return (request.url, request.part.tag, request.part.save_id) in self._saves
+
+    def cancel(self, who: tuple[str, int], seq: int) -> None:
+        """Ends a request that the trainer no longer waits for: it is not written any further."""
+        with self._mutex:
+            for job in self._jobs.values():
+                if job.who == who and job.seq == seq and job.state in ("queued", "writing"):
+                    job.cancelled = True
+                    _log.warning("rank %d no longer waits for %s", who[1], job.save.key.tag)
+
+    def event(self, event: Event) -> None:
+        """Hands a line to the event log of its directory; dropped when storage is too slow for them all."""
+        try:
+            self._events.put_nowait(event)
+        except queue.Full:
+            _log.warning("an event %s was dropped: storage does not take them fast enough", event.event)
+
+    def forget(self, who: tuple[str, int], arena: str) -> None:
+        """Lets go of a trainer that is gone: its saves stay, its mapping goes once nothing is written from it."""
+        with self._mutex:
+            if not any(job.who == who and job.request is not None for job in self._jobs.values()):
+                self._prefixes.pop(who, None)
+                self._arenas.pop(arena, None)
+
+    def counts(self, who: tuple[str, int]) -> Counts:
+        """Returns what a rank's requests are doing."""
+        with self._mutex:
+            base = self._counts.get(who, Counts())
+            states = [job.state for job in self._jobs.values() if job.who == who]
+        return Counts(
+            states.count("queued"),
+            states.count("writing"),
+            states.count("committing"),
+            base.done,
+            base.failed,
+            base.nbytes,
+            base.seconds,
+            base.error,
+        )
+
+    def unfinished(self, who: tuple[str, int] | None = None) -> int:
+        """Returns the number of requests (of one rank) without an answer, and of commits whose aftermath goes on."""
+        with self._mutex:
+            open_jobs = sum(job.request is not None for job in self._jobs.values() if who in (None, job.who))
+            return max(open_jobs, self._watchers) if who is None else open_jobs
+
+    def close(self, deadline_s: float, *, abort: bool = False) -> None:
+        """Takes no more requests, drops those that are not being written, and waits for the running writes.
+
+        Dropped requests are not answered: the trainer sends them to its next agent.
+
+        Args:
+            deadline_s: seconds to wait for commits of what is written; writes are waited for without limit, since a
+                write that ends is worth more than one that is done again.
+            abort: cut the running writes off.
+        """
+        self._aborted = abort
+        with self._mutex:
+            self._closing = True
+            dropped = list(self._queue)
+            self._queue.clear()
+            self._wake.notify_all()
+        for thread in self._threads[:RANKS_AT_ONCE]:
+            thread.join()
+        end = time.monotonic() + deadline_s
+        while self.unfinished() > len(dropped) and time.monotonic() < end:
+            time.sleep(0.05)
+        with suppress(queue.Full):
+            self._events.put_nowait(None)
+            self._threads[-1].join(max(end - time.monotonic(), 1.0))
+
+    # ---- writing ----
+
+    def _write_loop(self) -> None:
+        while True:
+            with self._mutex:
+                while (job := self._next()) is None:
+                    if self._closing:
+                        return
+                    self._wake.wait()
+                assert job.request is not None
+                job.state = "writing"
+                request = job.request
+                self._writing.add(request.arena)
+            try:
+                self._write(job, request)
+            finally:
+                with self._mutex:
+                    self._writing.discard(request.arena)
+                    job.state = "committing"
+                    self._wake.notify_all()
+                job.save.news.set()
+
+    def _next(self) -> Job | None:
+        for job in self._queue:
+            assert job.request is not None
+            if job.request.arena not in self._writing:
+                self._queue.remove(job)
+                return job
+        return None
+
+    def _write(self, job: Job, request: Persist) -> None:
+        part = request.part
+        try:
+            self._check_wanted(job)
+            store = self._store(request.url)
+            begun, cpu = time.monotonic(), time.process_time()
+            nbytes = 0
+            if not _is_there(store, part):
+                if request.again:  # what a writer that was killed half-way left behind
+                    for pack in request.packs:
+                        store.delete_prefix(pack.key)
+                array = self._arena(request)
+                sources = [_Guarded(array, pack.spans, lambda: self._check_wanted(job)) for pack in request.packs]
+                extras = _read_extras(request)
+                written = write_prepared(store, part, sources, extras, threads=min(request.threads, _MOST_THREADS))
+                nbytes = sum(pack.stored_bytes for pack in written.packs) + sum(map(len, extras.values()))
+            done = Persisted(job.seq, nbytes, time.monotonic() - begun, time.process_time() - cpu)
+        except _Aborted:
+            _log.warning("writing %s of rank %d was cut off", part.tag, part.rank)
+            return
+        except Exception as error:
+            if not isinstance(error, MocError):
+                _log.exception("writing %s of rank %d failed", part.tag, part.rank)
+                error = MocError(
+                    f"writing failed: {type(error).__name__}: {error}", where=request.url, fix="see the agent's log"
+                )
+            else:
+                _log.warning("rank %d could not write its part of %s: %s", part.rank, part.tag, error)
+            job.error = error
+            if job.save.ending is None:
+                self._note_failure(request, error)
+            return
+        with self._mutex:
+            job.persisted = done
+            base = self._counts.get(job.who, Counts())
+            self._counts[job.who] = Counts(
+                done=base.done, failed=base.failed, nbytes=nbytes, seconds=done.seconds, error=base.error
+            )
+            job.reply(Persisted(job.seq, nbytes, done.seconds, done.cpu_seconds))
+        rate = nbytes / 1e9 / done.seconds if done.seconds > 0 else 0.0
+        _log.info("rank %d persisted %s: %d bytes in %.3f s", part.rank, part.tag, nbytes, done.seconds)
+        self.event(
+            Event(
+                request.url,
+                EventKind.PERSISTED.value,
+                part.attempt,
+                part.step,
+                part.tag,
+                {
+                    "rank": part.rank,
+                    "bytes": nbytes,
+                    "seconds": round(done.seconds, 4),
+                    "gb_per_s": round(rate, 4),
+                    "cpu_seconds": round(done.cpu_seconds, 4),
+                },
+            )
+        )
+
+    def _check_wanted(self, job: Job) -> None:
+        """Raises if nobody wants the bytes any more, so that the arena is not read for nothing."""
+        if self._aborted:
+            raise _Aborted
+        if job.cancelled:
+            raise _Unwanted("the trainer no longer waits for this save", fix="the next save tries again")
+        ending = job.save.ending
+        if ending is not None and not ending.committed:
+            raise _Unwanted(f"the save has failed meanwhile: {ending.what}", where=ending.where, fix=ending.fix)
+
+    def _note_failure(self, request: Persist, error: MocError) -> None:
+        part = request.part
+        try:
+            write_failure(self._store(request.url), part.tag, part.save_id, part.rank, error)
+        except Exception as second:
+            _log.warning("the other nodes cannot be told about it: %s", second)
+
+    def _arena(self, request: Persist) -> np.ndarray:
+        """Returns the mapped arena; what is asked of it must lie inside."""
+        fd = _open_owned(request.arena)
+        try:
+            info = os.fstat(fd)
+            now = (info.st_dev, info.st_ino, info.st_size)
+            with self._mutex:
+                known, array = self._arenas.get(request.arena, ((0, 0, 0), np.zeros(0, np.uint8)))
+            if known != now:  # new, or made again under the same name
+                array = _map(fd, info.st_size)
+                with self._mutex:
+                    self._arenas[request.arena] = (now, array)
+        finally:
+            os.close(fd)
+        end = max((offset + nbytes for pack in request.packs for _, offset, nbytes in pack.spans), default=0)
+        if end > len(array):
+            raise StorageError(
+                f"the arena has {len(array):,} bytes, a request reads up to byte {end:,}",
+                where=request.arena,
+                fix="report this; training goes on",
+            )
+        return array
+
+    # ---- the end of a save ----
+
+    def _watch(self, save: _Save) -> None:
+        try:
+            self._watch_to_end(save)
+        except Exception:
+            _log.exception("watching over %s failed", save.key.tag)
+            ending = Ending(False, "the agent failed inside; see its log", str(self._folder), "report this")
+            self._answer(save, ending)
+        finally:
+            with self._mutex:
+                self._watchers -= 1
+            self._changed()
+
+    def _watch_to_end(self, save: _Save) -> None:
+        with self._mutex:
+            requests = [job.request for job in save.jobs if job.request is not None]
+        first = requests[0]
+        leads = any(request.part.rank == 0 for request in requests)
+        try:
+            store = self._store(save.key.url)
+        except MocError as error:
+            self._answer(save, Ending.of(error, decided_here=True))
+            return
+
+        def wait(seconds: float) -> None:
+            if save.news.wait(seconds):
+                save.news.clear()
+
+        def failure() -> MocError | None:
+            return next((job.error for job in list(save.jobs) if job.error is not None), None)
+
+        begun = time.monotonic()
+        ending = await_commit(
+            store,
+            save.key,
+            leads=lambda: leads or any(job.request and job.request.part.rank == 0 for job in list(save.jobs)),
+            commit_s=first.commit_s,
+            local_failure=failure,
+            wait=wait,
+            grace_s=self._grace_s,
+        )
+        self._answer(save, ending)
+        self._aftermath(store, save, first, ending, time.monotonic() - begun, failure() is not None)
+
+    def _answer(self, save: _Save, ending: Ending) -> None:
+        """Answers each rank as soon as its arena is not read any more."""
+        save.ending = ending
+        while True:
+            with self._mutex:
+                ready = [job for job in save.jobs if job.state == "committing"]
+                for job in [job for job in save.jobs if job.state == "queued"]:
+                    if job in self._queue and not ending.committed:
+                        self._queue.remove(job)
+                        ready.append(job)
+                    elif job not in self._queue:
+                        ready.append(job)
+                for job in ready:
+                    self._finish(job, ending)
+                if all(job.state == "finished" for job in save.jobs):
+                    self._saves.pop((save.key.url, save.key.tag, save.key.save_id), None)
+                    return
+            save.news.wait(1.0)
+            save.news.clear()
+
+    def _finish(self, job: Job, ending: Ending) -> None:
+        assert job.request is not None
+        part = job.request.part
+        if job.error is not None and not ending.committed and not isinstance(job.error, _Unwanted):
+            ending = Ending.of(job.error)
+        job.outcome = Outcome(
+            job.seq,
+            ending.committed,
+            ending.what,
+            ending.where,
+            ending.fix,
+            ending.stored_bytes,
+            time.monotonic() - job.arrived,
+        )
+        base = self._counts.get(job.who, Counts())
+        self._counts[job.who] = Counts(
+            done=base.done + ending.committed,
+            failed=base.failed + (not ending.committed),
+            nbytes=base.nbytes,
+            seconds=base.seconds,
+            error=ending.what or base.error,
+        )
+        name = (job.request.url, part.tag, part.save_id, part.rank)
+        job.state, job.request = "finished", None
+        self._finished.append(name)
+        while len(self._finished) > _KEEP_FINISHED:
+            self._jobs.pop(self._finished.popleft(), None)
+        job.reply(job.outcome)
+
+    def _aftermath(
+        self, store: Store, save: _Save, request: Persist, ending: Ending, seconds: float, failed_here: bool
+    ) -> None:
+        key = save.key
+        with self._mutex:
+            flight = self._flights.setdefault(key.url, Flight())
+            prefixes = tuple(sorted({prefix for prefix in self._prefixes.values() if prefix}))
+        flight.finish(key.save_id)
+        if ending.committed and ending.decided_here:
+            _log.info("committed %s (step %d) in %s", key.tag, key.step, key.url)
+            fields = {"stored_bytes": ending.stored_bytes, "seconds": round(seconds, 4), "save_id": key.save_id}
+            self.event(Event(key.url, EventKind.COMMITTED.value, key.attempt, key.step, key.tag, fields))
+            keep = request.retention
+            if keep is not None:
+                report = retain(
+                    store,
+                    keep_last=keep.keep_last,
+                    keep_every=keep.keep_every,
+                    attempt=key.attempt,
+                    flight=flight,
+                    prefixes=prefixes,
+                )
+                if report is not None and (report.dropped or report.saves):
+                    _log.info("retention removed %s", ", ".join((*report.dropped, *report.saves)))
+        elif not ending.committed and (ending.decided_here or failed_here):
+            _log.warning("%s (step %d) failed: %s", key.tag, key.step, ending.what)
+            told = {"reason": ending.what, "where": ending.where, "fix": ending.fix, "save_id": key.save_id}
+            self.event(Event(key.url, EventKind.FAILED.value, key.attempt, key.step, key.tag, told))
+
+    # ---- the rest ----
+
+    def _event_loop(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                log = self._logs.get(event.url)
+                if log is None:
+                    log = self._logs[event.url] = EventLog(self._store(event.url), self._node)
+                log.write(event.event, attempt=event.attempt, step=event.step, tag=event.tag, **event.fields)
+            except Exception as error:  # a line less; the work goes on
+                _log.warning("an event %s was not written: %s", event.event, error)
+
+    def _store(self, url: str) -> Store:
+        with self._mutex:
+            store = self._stores.get(url)
+        if store is None:
+            store = open_store(url)
+            with self._mutex:
+                store = self._stores.setdefault(url, store)
+        return store
+
+
+class _Guarded(FileSource):
+    """Reads an arena as long as the bytes are wanted."""
+
+    def __init__(self, array: np.ndarray, spans: list[tuple[int, int, int]], check: Callable[[], None]) -> None:
+        super().__init__(array, spans)
+        self._check_wanted = check
+
+    def read_into(self, dst: np.ndarray, offset: int) -> None:
+        self._check_wanted()
+        super().read_into(dst, offset)
+
+    def pieces(self, offset: int, nbytes: int) -> list[np.ndarray] | None:
+        self._check_wanted()
+        return super().pieces(offset, nbytes)
+
+
+def _failed(seq: int, error: MocError) -> Outcome:
+    return Outcome(seq, False, error.what, error.where, error.fix)
+
+
+def _check(request: Persist, rank: int, folder: Path) -> None:
+    """Refuses a request that makes no sense, before anything is touched.
+
+    Raises:
+        StorageError: naming what is wrong.
+    """
+    part = request.part
+    problem = ""
+    if part.rank != rank:
+        problem = f"rank {rank} sent the part of rank {part.rank}"
+    elif not 0 <= part.rank < part.world:
+        problem = f"there is no rank {part.rank} in a world of {part.world}"
+    elif request.url.startswith("memory://"):
+        problem = "memory:// lives in one process only: the agent cannot write there"
+    elif Path(request.arena).parent != folder:
+        problem = f"the arena {request.arena} is not in the job's directory {folder}"
+    elif [pack.key for pack in request.packs] != [pack.path for pack in part.packs]:
+        problem = "the packs are not those of the part"
+    elif not request.commit_s > 0 or request.threads < 1:
+        problem = f"commit_s {request.commit_s} and threads {request.threads} must be positive"
+    else:
+        for pack, record in zip(request.packs, part.packs, strict=True):
+            problem = problem or _check_spans(pack.spans, record.nbytes, record.path)
+            if pack.nbytes != record.nbytes:
+                problem = f"{pack.key} has {record.nbytes:,} bytes in the part, {pack.nbytes:,} in the request"
+            elif not record.path.startswith(f"{part.tag}/{part.save_id}/packs/rank_{part.rank:05d}."):
+                problem = f"{record.path} is not a pack of this save"
+        if any(extra.offset < 0 or extra.nbytes < 0 for extra in request.extras):
+            problem = "an extra file has a negative place or size"
+    if problem:
+        raise StorageError(problem, where=f"the save {part.tag!r} of rank {rank}", fix="report this; training goes on")
+
+
+def _check_spans(spans: list[tuple[int, int, int]], nbytes: int, where: str) -> str:
+    end = 0
+    for place, offset, size in spans:
+        if place < end or size < 0 or offset < 0 or place + size > nbytes:
+            return f"{where}: the span {(place, offset, size)} overlaps the one before or leaves the pack"
+        end = place + size
+    return ""
+
+
+def _is_there(store: Store, part: Part) -> bool:
+    """Tells whether the rank's part was published before, by this agent or one that is gone."""
+    data = store.read(part_key(part.tag, part.save_id, part.rank))
+    if data is None:
+        return False
+    try:
+        found = decode_part(data, part.tag)
+    except StorageError:
+        return False
+    same = (found.save_id, found.attempt, found.step, found.rank, found.world)
+    return same == (part.save_id, part.attempt, part.step, part.rank, part.world)
+
+
+def _open_owned(path: str) -> int:
+    """Opens an arena's file for reading: a plain file of this user.
+
+    Raises:
+        StorageError: if it is not.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise StorageError(
+            f"the arena cannot be opened: {error.strerror}", where=path, fix="training goes on; was it removed?"
+        ) from error
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
+        os.close(fd)
+        raise StorageError("the arena is not a plain file of this user", where=path, fix="look who made it")
+    return fd
+
+
+def _map(fd: int, size: int) -> np.ndarray:
+    if size == 0:
+        return np.zeros(0, np.uint8)
+    return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), np.uint8)
+
+
+def _read_extras(request: Persist) -> dict[str, bytes]:
+    """Reads the small files with system calls: their region may have holes, which a mapping must not touch."""
+    if not request.extras:
+        return {}
+    fd = _open_owned(request.arena)
+    try:
+        found = {}
+        for extra in request.extras:
+            data = os.pread(fd, extra.nbytes, extra.offset)
+            if len(data) != extra.nbytes:
+                raise StorageError(
+                    f"{extra.name}: {extra.nbytes:,} bytes at {extra.offset:,} are not in the arena",
+                    where=request.arena,
+                    fix="report this; training goes on",
+                )
+            found[extra.name] = data
+        return found
+    finally:
+        os.close(fd)

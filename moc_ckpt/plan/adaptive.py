@@ -1,0 +1,586 @@
+"""K and the intervals of snapshot and persist, from what was measured (MoC-System, sections 2.3, 5.3 and 6.2.5). Pure.
+
+A snapshot's copy runs beside the forward and backward pass of the next step and must end before its update; what does
+not fit in is a stall (equation 10). So K is the largest whose copy hides. Per step, checkpointing every I steps costs
+
+    o(I) = O_save / I + lambda * (O_restart + I / 2 * T_step)          lambda = T_step / MTBF faults per step
+
+which is equation 4 with equation 11, divided by the steps of the training, in seconds. The interval is the integer that
+minimises o, never below what persists sustain. Everything is a function of its arguments alone, without clocks or
+random numbers: equal inputs give equal decisions on every rank (invariant I7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from moc_ckpt.errors import ConfigError
+from moc_ckpt.pec.k_values import AUTO, K
+
+__all__ = [
+    "MAX_INTERVAL",
+    "Decision",
+    "Interval",
+    "KChoice",
+    "Measured",
+    "Overhead",
+    "Settings",
+    "WindowBytes",
+    "best_interval",
+    "choose_k",
+    "choose_persist_interval",
+    "choose_snapshot_interval",
+    "decide",
+    "overhead_per_step",
+    "reconsider",
+]
+
+Interval = int | Literal["auto"]
+"""Steps between two snapshots or persists; 0: none."""
+WindowBytes = Callable[[int], int] | Sequence[int]
+"""Bytes that the most loaded rank saves with K experts per layer, dense state included; as a sequence, by K from 0."""
+
+#: Steps; no interval is chosen above it.
+MAX_INTERVAL = 1_000_000
+#: A copy must end within this share of forward and backward less than all of it: measured times scatter.
+MARGIN = 0.1
+#: Without an MTBF, stalls may take this share of the training time.
+MAX_STALL = 0.01
+#: Steps; the interval of persists until one was measured. A persist that is not done in time makes the next one skip.
+UNMEASURED_INTERVAL = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run measured: for every field the worst of all ranks, so that the values are equal on all of them.
+
+    Attributes:
+        copy_bytes_per_s: device to host, of snapshots as they are taken.
+        forward_backward_s: s per step in which a copy can hide: all micro-batches, without the update.
+        step_s: s per step, without stalls of checkpointing.
+        persist_bytes_per_s: host to storage, by rank, from the start of a persist until its commit; None: not measured.
+        restart_s: s from a fault until training goes on, without the steps that are repeated; None: not known.
+        stall_s: s of host time per snapshot that no copy explains (launching copies, bookkeeping).
+        persist_cost_s: s that one persist slows the training down by.
+
+    Raises:
+        ValueError: if a value is not finite, or not positive (costs and restart: negative).
+    """
+
+    copy_bytes_per_s: float
+    forward_backward_s: float
+    step_s: float
+    persist_bytes_per_s: float | None = None
+    restart_s: float | None = None
+    stall_s: float = 0.0
+    persist_cost_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name in ("persist_bytes_per_s", "restart_s"):
+                continue
+            zero = field.name in ("restart_s", "stall_s", "persist_cost_s")
+            if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+                raise ValueError(
+                    f"{field.name} is {value}; it must be finite and {'not negative' if zero else 'above 0'}"
+                )
+
+    def minima(self) -> tuple[float, ...]:
+        """Returns the values such that the element-wise minimum over ranks is the worst of them (one reduction)."""
+        return tuple(
+            math.inf if value is None else -value if name in _MAXIMA else value
+            for name, value in ((field.name, getattr(self, field.name)) for field in fields(self))
+        )
+
+    @classmethod
+    def from_minima(cls, values: Sequence[float]) -> Measured:
+        """Builds it from the element-wise minimum of all ranks' `minima`.
+
+        Args:
+            values: that minimum; infinity where no rank had measured a value.
+        """
+        names = [field.name for field in fields(cls)]
+        return cls(
+            **{
+                name: None if value == math.inf else abs(value) if name in _MAXIMA else value
+                for name, value in zip(names, values, strict=True)
+            }
+        )
+
+
+_MAXIMA = ("restart_s", "stall_s", "persist_cost_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user configured; `auto` is decided here, everything else is kept.
+
+    Attributes:
+        experts: N, experts of the largest MoE layer; 0 for a model without any.
+        k_snapshot: experts per MoE layer in a snapshot.
+        k_persist: experts per MoE layer in a persist; `auto`: as many as in a snapshot.
+        snapshot_interval: steps; 0: no automatic snapshots.
+        persist_interval: steps; 0: no automatic persists.
+        mtbf_s: mean time between faults, s; None: not given.
+        k_min: K is not chosen below (Dynamic-K's floor).
+
+    Raises:
+        ConfigError: naming a value that cannot be.
+    """
+
+    experts: int
+    k_snapshot: K = AUTO
+    k_persist: K = AUTO
+    snapshot_interval: Interval = AUTO
+    persist_interval: Interval = AUTO
+    mtbf_s: float | None = None
+    k_min: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("experts", 0), ("k_min", 0), ("k_snapshot", 1), ("k_persist", 1)):
+            value = getattr(self, name)
+            if value != AUTO and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}", where="adaptive configuration")
+        for name in ("snapshot_interval", "persist_interval"):
+            value = getattr(self, name)
+            if value != AUTO and value < 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 0", where="adaptive configuration")
+        _check_mtbf(self.mtbf_s)
+
+
+@dataclass(frozen=True, slots=True)
+class KChoice:
+    """A value of K and what its snapshots cost.
+
+    Attributes:
+        k: experts per MoE layer.
+        nbytes: of the most loaded rank.
+        copy_s: s of that rank's copy.
+        exposed_s: s of it that do not hide behind forward and backward: O_save of equation 10.
+        hides: it hides with the margin.
+    """
+
+    k: int
+    nbytes: int
+    copy_s: float
+    exposed_s: float
+    hides: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What checkpointing is expected to cost, s per training step.
+
+    Attributes:
+        step_s: s per step without it.
+        save_s: stalls of snapshots.
+        persist_s: what persists slow the training down by.
+        restart_s: restarts after faults; 0 without an MTBF or a known restart time.
+        lost_memory_s: steps repeated after faults that leave the snapshots in host memory.
+        lost_storage_s: steps repeated after faults that lose them, so that the last commit is used.
+    """
+
+    step_s: float
+    save_s: float
+    persist_s: float
+    restart_s: float
+    lost_memory_s: float
+    lost_storage_s: float
+
+    @property
+    def share_memory(self) -> float:
+        """The total as a share of the training time, if every fault leaves the snapshots in memory."""
+        return (self.save_s + self.persist_s + self.restart_s + self.lost_memory_s) / self.step_s
+
+    @property
+    def share_storage(self) -> float:
+        """The total as a share of the training time, if every fault loses them."""
+        return (self.save_s + self.persist_s + self.restart_s + self.lost_storage_s) / self.step_s
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided, from what, and why.
+
+    Attributes:
+        k: experts per MoE layer in a snapshot.
+        snapshot_interval: steps; 0: no automatic snapshots.
+        persist_interval: steps; 0: no automatic persists.
+        choice: K's costs.
+        settings: what was configured.
+        inputs: what was measured.
+        overhead: what this is expected to cost.
+        reasons: one sentence for each value, with its numbers, for the log.
+    """
+
+    k: int
+    snapshot_interval: int
+    persist_interval: int
+    choice: KChoice
+    settings: Settings
+    inputs: Measured
+    overhead: Overhead
+    reasons: tuple[str, ...]
+
+
+def overhead_per_step(
+    interval: int, *, save_s: float, step_s: float, mtbf_s: float | None = None, restart_s: float = 0.0
+) -> float:
+    """Returns the expected overhead, s per step: equation 4 with equation 11, divided by the number of steps.
+
+    Args:
+        interval: steps between two checkpoints, at least 1.
+        save_s: s that one checkpoint costs (O_save).
+        step_s: s per step.
+        mtbf_s: mean time between faults, s; None: no faults.
+        restart_s: s per restart (O_restart).
+    """
+    faults = 0.0 if mtbf_s is None else step_s / mtbf_s
+    return save_s / interval + faults * (restart_s + interval * step_s / 2)
+
+
+def best_interval(save_s: float, step_s: float, mtbf_s: float, *, least: int = 1, most: int = MAX_INTERVAL) -> int:
+    """Returns the interval in [least, most] that minimises `overhead_per_step`; of equal ones the smallest.
+
+    The overhead is convex, and I + 1 beats I exactly while I (I + 1) < 2 save_s MTBF / step_s^2: the optimum is where
+    that ends. (The real-valued one is sqrt(2 save_s MTBF) / step_s: Young, CACM 17(9), 1974.)
+
+    Args:
+        save_s: s that one checkpoint costs, at least 0.
+        step_s: s per step.
+        mtbf_s: mean time between faults, s.
+        least: steps, at least 1.
+        most: steps, at least `least`.
+    """
+    limit = 2 * save_s * mtbf_s / step_s / step_s
+    if limit >= float(most) * (most + 1):
+        return most
+    best = max(1, math.ceil((math.sqrt(1 + 4 * limit) - 1) / 2))
+    while best > 1 and (best - 1) * best >= limit:  # rounding of the root, either way
+        best -= 1
+    while best * (best + 1) < limit:
+        best += 1
+    return min(max(best, least), most)
+
+
+def choose_k(
+    window_bytes: WindowBytes, measured: Measured, k_min: int, k_max: int, *, margin: float = MARGIN
+) -> KChoice:
+    """Returns the largest K whose copy hides behind forward and backward, else k_min with what is exposed.
+
+    Every K from the top is looked at: a schedule's bottleneck may fall where K grows, so nothing is assumed of it.
+
+    Args:
+        window_bytes: bytes of the most loaded rank by K; asked from k_max downwards until one hides.
+        measured: bandwidth and time of the slowest rank.
+        k_min: smallest K, at least 0.
+        k_max: largest K; N.
+        margin: share of forward and backward that is left free, 0 to below 1.
+
+    Raises:
+        ValueError: if the range is empty, the margin is outside [0, 1), or bytes are negative or missing.
+    """
+    if not 0 <= k_min <= k_max:
+        raise ValueError(f"no K between {k_min} and {k_max}")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin is {margin}; it must be at least 0 and below 1")
+    choice = None
+    for k in range(k_max, k_min - 1, -1):
+        choice = _cost(k, window_bytes, measured, margin)
+        if choice.hides:
+            break
+    assert choice is not None
+    return choice
+
+
+def choose_snapshot_interval(
+    save_s: float,
+    measured: Measured,
+    *,
+    mtbf_s: float | None = None,
+    persist_interval: int = 0,
+    max_stall: float = MAX_STALL,
+) -> int:
+    """Returns steps between two snapshots.
+
+    With an MTBF the interval that minimises the overhead; without, the smallest at which stalls stay within
+    `max_stall` of the training time. A snapshot that costs nothing is taken at every step.
+
+    Args:
+        save_s: s that one snapshot costs, at least 0.
+        measured: step time of the slowest rank.
+        mtbf_s: mean time between faults, s.
+        persist_interval: steps, where it is fixed. A persist brings its own snapshot, so only its divisors are chosen.
+        max_stall: share of the training time, above 0.
+    """
+    _check_mtbf(mtbf_s)
+    step = measured.step_s
+    if mtbf_s is None:
+        stalls = save_s / (max_stall * step)
+        wanted = max(1, math.ceil(min(stalls, MAX_INTERVAL)))
+    else:
+        wanted = best_interval(save_s, step, mtbf_s)
+    if persist_interval < 1:
+        return wanted
+    divisors = _divisors(persist_interval)
+    if mtbf_s is None:
+        return next((one for one in divisors if one >= wanted), persist_interval)
+    return min(divisors, key=lambda one: (overhead_per_step(one, save_s=save_s, step_s=step, mtbf_s=mtbf_s), one))
+
+
+def choose_persist_interval(
+    nbytes: int,
+    measured: Measured,
+    *,
+    cost_s: float = 0.0,
+    mtbf_s: float | None = None,
+    multiple_of: int = 1,
+    margin: float = MARGIN,
+) -> int:
+    """Returns steps between two persists: never fewer than the storage sustains.
+
+    That bound is the paper's: a persist hides behind training, but its duration bounds the interval from below
+    (section 5.3). With an MTBF and a persist that costs training time, more steps may be better.
+
+    Args:
+        nbytes: bytes of the most loaded rank.
+        measured: persist bandwidth and step time of the slowest rank; unmeasured gives `UNMEASURED_INTERVAL`.
+        cost_s: s of training that one persist costs, with the snapshot that it needs if none is taken anyway.
+        mtbf_s: mean time between faults, s.
+        multiple_of: steps between snapshots; the interval is a multiple of it.
+        margin: a persist is taken to last that share longer than measured.
+
+    Raises:
+        ValueError: if bytes are negative or `multiple_of` is below 1.
+    """
+    _check_mtbf(mtbf_s)
+    if nbytes < 0 or multiple_of < 1:
+        raise ValueError(f"{nbytes} bytes every multiple of {multiple_of} steps")
+    if measured.persist_bytes_per_s is None:
+        return _round_up(UNMEASURED_INTERVAL, multiple_of)
+    seconds = nbytes / measured.persist_bytes_per_s * (1 + margin)
+    least = _round_up(max(1, math.ceil(min(seconds / measured.step_s, MAX_INTERVAL))), multiple_of)
+    if mtbf_s is None:
+        return least
+    best = best_interval(cost_s, measured.step_s, mtbf_s)
+    if best <= least:
+        return least
+    # The overhead is convex, so the best multiple is a neighbour of the best integer.
+    below, above = max(least, best // multiple_of * multiple_of), _round_up(best, multiple_of)
+
+    def cost(interval: int) -> tuple[float, int]:
+        return overhead_per_step(interval, save_s=cost_s, step_s=measured.step_s, mtbf_s=mtbf_s), interval
+
+    return min(below, above, key=cost)
+
+
+def decide(
+    measured: Measured,
+    settings: Settings,
+    window_bytes: WindowBytes,
+    persist_bytes: WindowBytes | None = None,
+    *,
+    margin: float = MARGIN,
+    max_stall: float = MAX_STALL,
+) -> Decision:
+    """Decides everything that is `auto`; what is fixed is kept, and its cost reported.
+
+    Args:
+        measured: the worst of all ranks.
+        settings: what is fixed and what is not.
+        window_bytes: bytes of the most loaded rank's snapshot by K.
+        persist_bytes: the same for a persist; None: as a snapshot's.
+        margin: see `choose_k`.
+        max_stall: see `choose_snapshot_interval`.
+    """
+    choice = _choose(measured, settings, window_bytes, margin)
+    save_s = choice.exposed_s + measured.stall_s
+    k_persist = choice.k if settings.k_persist == AUTO else min(settings.k_persist, choice.k)
+    nbytes = _look_up(window_bytes if persist_bytes is None else persist_bytes, k_persist)
+
+    snapshot, persist = settings.snapshot_interval, settings.persist_interval
+    mtbf = settings.mtbf_s
+    fixed_persist = 0 if persist == AUTO else persist
+    if snapshot == AUTO:
+        chosen = choose_snapshot_interval(
+            save_s, measured, mtbf_s=mtbf, persist_interval=fixed_persist, max_stall=max_stall
+        )
+    else:
+        chosen = snapshot
+    # Where snapshots are taken anyway, a persist pays only for itself.
+    persist_cost = measured.persist_cost_s + (0.0 if chosen else save_s)
+    if persist == AUTO:
+        written = choose_persist_interval(
+            nbytes, measured, cost_s=persist_cost, mtbf_s=mtbf, multiple_of=max(1, chosen), margin=margin
+        )
+    else:
+        written = persist
+    return Decision(
+        k=choice.k,
+        snapshot_interval=chosen,
+        persist_interval=written,
+        choice=choice,
+        settings=settings,
+        inputs=measured,
+        overhead=_overhead(measured, mtbf, chosen, written, save_s),
+        reasons=(
+            _why_k(choice, settings, measured, margin),
+            _why_snapshot(chosen, settings, save_s, max_stall),
+            _why_persist(written, chosen, nbytes, settings, measured, margin),
+        ),
+    )
+
+
+def reconsider(previous: Decision, measured: Measured, threshold: float = 0.2) -> bool:
+    """Says whether to decide again: an input changed by more than the threshold, or became known.
+
+    Costs per checkpoint count only where they changed by more than 1 % of a step as well: they are small and scatter.
+    The restart time and costs count only where they are used.
+
+    Args:
+        previous: the decision in force.
+        measured: what is measured now, the worst of all ranks.
+        threshold: relative change.
+    """
+    for field in fields(Measured):
+        old, new = getattr(previous.inputs, field.name), getattr(measured, field.name)
+        if new is None or (field.name == "restart_s" and previous.settings.mtbf_s is None):
+            continue
+        if old is None:
+            return True
+        small = field.name in ("stall_s", "persist_cost_s") and abs(new - old) <= 0.01 * previous.inputs.step_s
+        if abs(new - old) > threshold * old and not small:
+            return True
+    return False
+
+
+def _choose(measured: Measured, settings: Settings, window_bytes: WindowBytes, margin: float) -> KChoice:
+    most = settings.experts
+    if settings.k_snapshot == AUTO:
+        return choose_k(window_bytes, measured, min(settings.k_min, most), most, margin=margin)
+    return _cost(min(max(settings.k_snapshot, settings.k_min), most), window_bytes, measured, margin)
+
+
+def _cost(k: int, window_bytes: WindowBytes, measured: Measured, margin: float) -> KChoice:
+    nbytes = _look_up(window_bytes, k)
+    seconds = nbytes / measured.copy_bytes_per_s
+    window = measured.forward_backward_s
+    return KChoice(k, nbytes, seconds, max(0.0, seconds - window), seconds <= window * (1 - margin))
+
+
+def _look_up(window_bytes: WindowBytes, k: int) -> int:
+    if callable(window_bytes):
+        nbytes = window_bytes(k)
+    elif k < len(window_bytes):
+        nbytes = window_bytes[k]
+    else:
+        raise ValueError(f"bytes are given for K up to {len(window_bytes) - 1}, not for {k}")
+    if nbytes < 0:
+        raise ValueError(f"{nbytes} bytes with K {k}")
+    return nbytes
+
+
+def _overhead(measured: Measured, mtbf_s: float | None, snapshot: int, persist: int, save_s: float) -> Overhead:
+    step = measured.step_s
+    faults = 0.0 if mtbf_s is None else step / mtbf_s
+    # Persists between two snapshots bring a snapshot each.
+    extra = 0.0
+    if persist and not (snapshot and persist % snapshot == 0):
+        extra = 1 / persist - (1 / math.lcm(persist, snapshot) if snapshot else 0.0)
+    taken = (1 / snapshot if snapshot else 0.0) + extra
+    in_memory = min((one for one in (snapshot, persist) if one), default=0)
+    return Overhead(
+        step_s=step,
+        save_s=save_s * taken,
+        persist_s=measured.persist_cost_s / persist if persist else 0.0,
+        restart_s=faults * (measured.restart_s or 0.0),
+        lost_memory_s=faults * in_memory * step / 2,
+        lost_storage_s=faults * persist * step / 2,
+    )
+
+
+def _why_k(choice: KChoice, settings: Settings, measured: Measured, margin: float) -> str:
+    copied = (
+        f"K {choice.k} of {settings.experts}{'' if settings.k_snapshot == AUTO else ' (configured)'}: the copy of "
+        f"{_bytes(choice.nbytes)} takes {_time(choice.copy_s)} at {_bytes(measured.copy_bytes_per_s)}/s, forward and "
+        f"backward {_time(measured.forward_backward_s)}"
+    )
+    if choice.exposed_s:
+        return f"{copied}: {_time(choice.exposed_s)} of each snapshot stall the training"
+    if not choice.hides:
+        return f"{copied}: it hides, but not with a margin of {margin:.0%}"
+    return f"{copied}: it hides (margin {margin:.0%})"
+
+
+def _why_snapshot(chosen: int, settings: Settings, save_s: float, max_stall: float) -> str:
+    if settings.snapshot_interval != AUTO:
+        return f"snapshots {_every(chosen)} (configured)"
+    if not save_s:
+        why = "they cost nothing"
+    elif settings.mtbf_s is None:
+        why = f"each costs {_time(save_s)}, at most {max_stall:.0%} of the training time"
+    else:
+        why = f"each costs {_time(save_s)}, a fault every {_time(settings.mtbf_s)}: least stalls plus lost work"
+    fixed = settings.persist_interval
+    if fixed != AUTO and fixed:
+        why += f"; a divisor of the persist interval {fixed}"
+    return f"snapshots {_every(chosen)}: {why}"
+
+
+def _why_persist(
+    written: int, snapshot: int, nbytes: int, settings: Settings, measured: Measured, margin: float
+) -> str:
+    if settings.persist_interval != AUTO:
+        return f"persists {_every(written)} (configured)"
+    bandwidth = measured.persist_bytes_per_s
+    if bandwidth is None:
+        return f"persists {_every(written)}: until one is measured"
+    seconds = nbytes / bandwidth
+    why = (
+        f"{_bytes(nbytes)} take {_time(seconds)} at {_bytes(bandwidth)}/s, "
+        f"{seconds / measured.step_s:.1f} steps (margin {margin:.0%})"
+    )
+    if measured.persist_cost_s and settings.mtbf_s is not None:
+        why += f", cost {_time(measured.persist_cost_s)} of training, a fault every {_time(settings.mtbf_s)}"
+    if snapshot > 1:
+        why += f"; a multiple of the snapshot interval {snapshot}"
+    return f"persists {_every(written)}: {why}"
+
+
+def _every(interval: int) -> str:
+    return "never" if not interval else "at every step" if interval == 1 else f"every {interval} steps"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 7200:
+        return f"{seconds / 3600:.3g} h"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
+def _round_up(number: int, multiple_of: int) -> int:
+    return -(-number // multiple_of) * multiple_of
+
+
+def _check_mtbf(mtbf_s: float | None) -> None:
+    if mtbf_s is not None and not (math.isfinite(mtbf_s) and mtbf_s > 0):
+        raise ConfigError(
+            f"mtbf_s is {mtbf_s}; it must be above 0",
+            where="moc_checkpoint.mtbf_s",
+            fix="give the mean time between faults of the whole job in seconds, or null",
+        )

@@ -1,0 +1,76 @@
+"""Processor time and memory of processes, from /proc (Linux)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["cpu_seconds", "descendants", "matching", "resident_bytes", "shared_bytes"]
+
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Returns the processor seconds of a process and of the children it has waited for; 0 if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    parts = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return sum(int(value) for value in parts[11:15]) / _TICK
+
+
+def resident_bytes(pid: int) -> int:
+    """Returns the resident bytes of a process that are its own: anonymous, without files and shared memory."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
+    return int(found[0]) * 1024 if found else 0
+
+
+def descendants(pid: int) -> set[int]:
+    """Returns the processes below a process."""
+    parents: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            text = (folder / "stat").read_text()
+        except OSError:
+            continue
+        parents.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(folder.name))
+    found: set[int] = set()
+    left = [pid]
+    while left:
+        children = parents.get(left.pop(), [])
+        found.update(children)
+        left.extend(children)
+    return found
+
+
+def matching(*texts: str) -> set[int]:
+    """Returns the processes whose command line has all the texts."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if all(text in line for text in texts):
+                found.add(int(folder.name))
+    return found
+
+
+def shared_bytes(folder: Path) -> int:
+    """Returns the bytes that files below a folder really take, e.g. arenas in shared memory."""
+    total = 0
+    for path in folder.rglob("*") if folder.exists() else ():
+        try:
+            if path.is_file():
+                total += path.stat().st_blocks * 512
+        except OSError:
+            continue
+    return total

@@ -1,0 +1,222 @@
+"""One rank of the benchmark: trains blocks of steps with every arm and without, and measures them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from _stall import process
+from _stall.arms import Arm, blocks
+from _stall.numbers import Block, merge_ranks, summarise
+from _stall.raw_write import raw_write
+from _stall.report import FIRST_STEPS, period
+from _stall.runners import Runner, make_runner
+from _stall.training import Training
+
+__all__ = ["Bench"]
+
+
+class Bench:
+    """Runs all arms on one engine.
+
+    One engine serves them all: its state is most of a device's memory, and all arms then save the very same tensors.
+    Every block of an arm stands beside a block without checkpointing, so a machine that slows down meets both.
+
+    Args:
+        arguments: of the program.
+        arms: what to compare.
+        root: directory for checkpoints, the same on all ranks.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, arms: Sequence[Arm], root: Path) -> None:
+        self._arguments, self._arms, self._root = arguments, arms, root
+        self._training = Training(arguments)
+        self._first_local = int(os.environ["LOCAL_RANK"]) == 0
+        job = os.environ["MOC_JOB_ID"]
+        base = Path(os.environ.get("MOC_SHM_DIR") or "/dev/shm")
+        self._shared = base / f"moc_ckpt-{os.getuid()}" / job
+        self._job = job
+        self._seen: dict[int, float] = {}
+        self._blocks: list[Block] = []
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, Any] | None:
+        """Returns the report on rank 0, None elsewhere."""
+        arguments, training = self._arguments, self._training
+        begin = time.perf_counter()
+        for _ in range(arguments.warmup):
+            training.step()
+        order = blocks(self._arms, arguments.pairs, arguments.rounds)
+        for number, entry in enumerate(order):
+            for arm, with_arms in entry:
+                self._note(f"round {number + 1}/{len(order)}, {arm.name}, {time.perf_counter() - begin:.0f} s")
+                self._run_arm(arm, with_arms)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (self._blocks, training.state_bytes, self._facts))
+        if dist.get_rank():
+            return None
+        merged = merge_ranks([one[0] for one in ranks])
+        for name, fact in self._facts.items():
+            _merge_facts(fact, [one[2].get(name, {}) for one in ranks])
+        return {
+            **self._description([one[1] for one in ranks]),
+            "seconds": round(time.perf_counter() - begin, 1),
+            "arms": summarise(merged, [arm.name for arm in self._arms if arm.name in self._facts], self._facts),
+            "labels": {arm.name: arm.label() for arm in self._arms},
+        }
+
+    def _description(self, state_bytes: list[int]) -> dict[str, Any]:
+        import deepspeed
+        import torch
+
+        arguments, training = self._arguments, self._training
+        names = ("layers", "hidden", "experts", "ep", "expert_interval", "top_k", "micro_batch", "seq", "gas")
+        return {
+            "device": torch.cuda.get_device_name() if training.cuda else f"CPU, {os.cpu_count()} cores",
+            "ranks": dist.get_world_size(),
+            "model": training.model,
+            **{name: getattr(arguments, name) for name in names},
+            "dtype": arguments.dtype,
+            "stage": arguments.stage,
+            "parameters": training.parameters,
+            "state_bytes_per_rank": max(state_bytes),
+            "k": arguments.k,
+            "k_persist": arguments.k_persist,
+            "persist_interval": arguments.persist_interval,
+            "block": arguments.block,
+            "pairs": arguments.pairs,
+            "rounds": arguments.rounds,
+            "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        }
+
+    def _run_arm(self, arm: Arm, with_arms: Sequence[bool]) -> None:
+        arguments = self._arguments
+        runner = make_runner(arm, self._training, arguments, self._root)
+        runner.start()
+        self._align(arm)
+        self._block(runner, True, FIRST_STEPS, first=True)
+        for with_arm in with_arms:
+            self._align(arm)
+            self._block(runner, with_arm, arguments.block)
+            if with_arm and arm.persist and arguments.raw_write:
+                self._raw(runner)
+        runner.stop()
+        self._facts[arm.name] = {**self._facts.get(arm.name, {}), **runner.facts()}
+
+    def _align(self, arm: Arm) -> None:
+        """Trains on until an automatic checkpoint would follow the next step: so none is left over at a block's end."""
+        every = period(arm, self._arguments.persist_interval)
+        while (self._training.engine.global_steps + 1) % every:
+            self._training.step()
+
+    def _block(self, runner: Runner, with_arm: bool, steps: int, *, first: bool = False) -> None:
+        training, arm = self._training, runner.arm
+        if with_arm:
+            runner.resume()
+        else:
+            runner.park()
+        runner.inside()
+        dist.barrier()
+        training.synchronize()
+        self._others()
+        cpu = time.process_time()
+        times, inside = [], []
+        begin = time.perf_counter()
+        for number in range(steps):
+            times.append(training.timed_step())
+            inside.append(runner.inside())
+            if with_arm and runner.explicit and number == 0:
+                inside[-1] += runner.save()
+        training.synchronize()
+        wall = time.perf_counter() - begin
+        memory = process.resident_bytes(os.getpid())
+        shared = process.shared_bytes(self._shared) if self._first_local else 0
+        begin = time.perf_counter()
+        if with_arm:
+            runner.drain()
+        drain = time.perf_counter() - begin
+        cpu = time.process_time() - cpu
+        cpu_others, rss_others = self._others()
+        calls = [sum(inside)] if runner.explicit else [sum(part) for part in _chunks(inside, arm.interval)]
+        self._blocks.append(
+            Block(
+                arm=arm.name,
+                with_arm=with_arm,
+                steps=[seconds() for seconds in times],
+                wall=wall,
+                calls=calls if with_arm else [],
+                drain=drain,
+                cpu=cpu,
+                cpu_others=cpu_others,
+                rss=memory,
+                rss_others=rss_others,
+                shared=shared,
+                first=first,
+            )
+        )
+        runner.park()
+        if with_arm:
+            runner.clean()
+
+    def _others(self) -> tuple[float, int]:
+        """Returns processor seconds of agents and helper processes since the last call, and their memory."""
+        if not self._first_local:
+            return 0.0, 0
+        pids = process.descendants(os.getpid()) | process.matching("moc_ckpt.persist.agent", self._job)
+        now = {pid: process.cpu_seconds(pid) for pid in pids}
+        used = sum(max(0.0, seconds - self._seen.get(pid, 0.0)) for pid, seconds in now.items())
+        self._seen = now
+        return used, sum(process.resident_bytes(pid) for pid in pids)
+
+    def _raw(self, runner: Runner) -> None:
+        """Writes as much as the last persist did, plainly, while training goes on: the storage's own speed."""
+        nbytes, seconds = runner.last_persist()
+        if not nbytes:
+            return
+        result: list[float | None] = []
+        target = self._root / f"raw_rank{dist.get_rank()}"
+        thread = threading.Thread(target=lambda: result.append(raw_write(target, nbytes)))
+        dist.barrier()
+        thread.start()
+        for _ in range(self._arguments.block):
+            self._training.step()
+        self._training.synchronize()
+        thread.join()
+        dist.barrier()
+        fact = self._facts.setdefault(runner.arm.name, {})
+        fact.setdefault("persists", []).append((nbytes, seconds, result[0]))
+
+    def _note(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _chunks(values: list[float], size: int) -> list[list[float]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _merge_facts(fact: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """Turns the ranks' single persists and raw writes into bandwidths of the job: all bytes over the slowest rank."""
+    fact["setup_s"] = max(one.get("setup_s", 0.0) for one in ranks)
+    persists = [one.get("persists", []) for one in ranks]
+    rows = list(zip(*persists, strict=True))
+    if not rows:
+        return
+    ours = [sum(n for n, _, _ in row) / max(s for _, s, _ in row) for row in rows]
+    fact.pop("persists")
+    fact["persist_bytes_per_s"] = sorted(ours)[len(ours) // 2]
+    if all(raw is not None for row in rows for _, _, raw in row):
+        plain = [sum(n for n, _, _ in row) / max(raw for _, _, raw in row) for row in rows]
+        ratios = sorted(a / b for a, b in zip(ours, plain, strict=True))
+        fact["raw_bytes_per_s"] = sorted(plain)[len(plain) // 2]
+        fact["persist_to_raw"] = ratios[len(ratios) // 2]
+    else:
+        fact["persist_to_raw"] = None
