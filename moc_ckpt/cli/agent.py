@@ -287,13 +287,8 @@ def _body(job: _Seen) -> list[Any]:
     now, times = _now_of(pairs)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("rank", justify="right")
-    table.add_column("process", no_wrap=True)
-    table.add_column("memory", justify="right", no_wrap=True)
-    table.add_column("dense steps")
-    table.add_column("experts")
-    table.add_column("slots")
-    table.add_column("saves")
-    table.add_column("last part", no_wrap=True)
+    for name in ("process", "memory", "dense steps", "experts", "slots", "saves", "last part"):
+        table.add_column(name, overflow="fold")
     notes = []
     for rank, held in pairs:
         table.add_row(
@@ -315,24 +310,26 @@ def _body(job: _Seen) -> list[Any]:
 
 
 def _process_text(rank: RankStatus | None, held: Holdings | None) -> Text:
-    pid = rank.pid if rank else held.pid if held else 0
+    pid = str(rank.pid if rank else held.pid if held else 0)
     if not (rank.alive if rank else held is not None and held.alive):
-        return Text(f"{pid or ''} dead".strip(), style="red")
+        return Text(f"{pid}\ndead", style="red")
     if rank is None or not rank.connected:
-        return Text(f"{pid} not connected", style="yellow")
-    return Text(str(pid))
+        return Text(f"{pid}\nnot connected", style="yellow")
+    return Text(pid)
 
 
 def _age_text(step: int | None, now: int | None, times: dict[int, float]) -> str:
     behind, seconds = _behind(step, now), _seconds(step, times)
-    told = [] if not behind else [f"{behind:,} step{'s' if behind != 1 else ''} behind"]
+    told = [] if not behind else [f"{behind:,} step{'s' if behind != 1 else ''}"]
     if seconds is not None:
-        told.append(f"{age(seconds)} ago")
+        told.append(age(seconds))
+    told[-1:] = [f"{last} ago" for last in told[-1:]]
     return ", ".join(told)
 
 
-def _with_age(text: str, told: str) -> Text:
-    return Text.assemble(text, (f" ({told})" if told else "", "dim"))
+def _lines(first: str | Text, second: str = "") -> Text:
+    """Returns a cell of a line and, dimmed, what explains it."""
+    return Text.assemble(first, (f"\n{second}" if second else "", "dim"))
 
 
 def _dense_text(held: Holdings | None, now: int | None, times: dict[int, float]) -> Text:
@@ -340,37 +337,40 @@ def _dense_text(held: Holdings | None, now: int | None, times: dict[int, float])
         return Text("-", style="dim")
     shown = ", ".join(f"{step:,}" for step in held.dense[:_SHOWN_STEPS])
     shown += ", …" if len(held.dense) > _SHOWN_STEPS else ""
-    return _with_age(shown, _age_text(held.dense[0], now, times))
+    return _lines(shown, _age_text(held.dense[0], now, times))
 
 
 def _experts_text(held: Holdings | None, now: int | None, times: dict[int, float]) -> Text:
     if held is None or not held.experts or held.oldest is None or held.newest is None:
         return Text("-", style="dim")
-    steps = f"step {held.oldest:,}" if held.oldest == held.newest else f"steps {held.oldest:,} to {held.newest:,}"
+    steps = f"{held.oldest:,}" if held.oldest == held.newest else f"{held.oldest:,} to {held.newest:,}"
     told = _age_text(held.oldest, now, times)
-    return _with_age(f"{held.experts:,}, {steps}", f"oldest {told}" if told else "")
+    return _lines(f"{held.experts:,} at {steps}", f"oldest: {told}" if told else "")
 
 
 def _slots_text(held: Holdings | None) -> Text:
     if held is None or held.states is None:
         return Text("-", style="dim")
-    used = [(name.lower(), held.states[name]) for name in ("FILLING", "FILLED", "PERSISTING", "COMMITTED", "FREE")]
-    return Text(", ".join(f"{count:,} {name}" for name, count in used if count))
+    used = [(name.lower(), held.states[name]) for name in ("FILLING", "FILLED", "PERSISTING", "COMMITTED")]
+    told = ", ".join(f"{count:,} {name}" for name, count in used if count)
+    return _lines(told or "none in use", f"{held.states['FREE']:,} of {sum(held.states.values()):,} free")
 
 
 def _saves_text(rank: RankStatus | None) -> Text:
     if rank is None:
         return Text("-", style="dim")
+    done = Text(f"{rank.done:,} done")
+    if rank.failed:
+        done.append(f", {rank.failed:,} failed", "red")
     now = [("writing", rank.writing), ("queued", rank.queued), ("committing", rank.committing)]
-    line = Text(", ".join([f"{count} {name}" for name, count in now if count] + [f"{rank.done:,} done"]))
-    return line.append(f", {rank.failed:,} failed", "red") if rank.failed else line
+    return _lines(done, ", ".join(f"{count} {name}" for name, count in now if count))
 
 
 def _part_text(rank: RankStatus | None) -> Text:
     rate = _rate(rank) if rank else None
     if rank is None or rate is None:
         return Text("-", style="dim")
-    return Text(f"{size(rank.bytes)}, {rate:.2f} GB/s")
+    return _lines(size(rank.bytes), f"{rate:.2f} GB/s")
 
 
 # ---- stop ----
@@ -408,8 +408,8 @@ def stop(
     console = stdout()
     console.print(Text.assemble(("ended ", "bold green"), f"agent {answer.pid} of job {target.status.job}"))
     if connected:
-        ranks = f"{connected} rank{'s' if connected != 1 else ''}"
-        console.print(f"{ranks} of its run are still training: they start another agent and give it what is unfinished")
+        ranks = f"{connected} rank{'s of its run are' if connected != 1 else ' of its run is'} still training"
+        console.print(f"{ranks}: the first one on this node starts another agent, which gets what is unfinished")
 
 
 def _await_end(console: Console, answer: Stopping, wait_s: float, folder: Path) -> None:

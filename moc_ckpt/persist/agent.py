@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moc_ckpt.errors import MocError, StorageError
 from moc_ckpt.persist.committer import GRACE_S
-from moc_ckpt.persist.process import lower_priority
+from moc_ckpt.persist.process import keep_memory_small, lower_priority
 from moc_ckpt.snapshot.places import agent_lock_path, agent_log_path, socket_path
 
 __all__ = ["main"]
@@ -127,6 +127,7 @@ def _become_daemon() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lower_priority()
+    keep_memory_small()
 
 
 def _start_log(folder: Path) -> logging.Handler:

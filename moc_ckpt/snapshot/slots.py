@@ -186,7 +186,7 @@ class SlotTable:
             places = self._plan(pool, sizes)
             if places is None:
                 return None
-            indices = self._vacant[len(self._vacant) - len(items) :]
+            indices = self._vacant[len(self._vacant) - len(items) :][::-1]
             rows = encode(names, sizes, places, attempt, step, POOLS.index(pool))
             metas = self._store([blob for _, _, blob in items])
             if metas is None:

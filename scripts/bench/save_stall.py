@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _stall import report as reports
+from _stall.agents import end_job
 from _stall.arms import Arm, ArmError, all_arms, parse_arm
 
 #: Sizes where none are given: (GPU, CPU).
@@ -48,7 +49,8 @@ QUICK = {
     "hidden": 256,
     "layers": 2,
     "micro_batch": 2,
-    "pairs": 3,
+    "pairs": 6,
+    "budget": 20.0,
     "block": 10,
     "warmup": 2,
     "k": 1,
@@ -78,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--k-persist", type=_k, default="auto", help="k_persist of pec (default auto)")
     add("--persist-interval", type=int, default=10, help="steps between persists of +persist arms (default 10)")
     add("--rounds", type=int, default=1, help="how often all arms are gone through (default 1)")
+    add("--budget", type=float, help="s of training; where it would take longer, fewer pairs are run")
+    add("--settle", type=int, default=40, help="steps before the blocks in which `auto` decides (default 40)")
     add("--raw-write", action="store_true", help="also write the bytes of each persist plainly, O_DIRECT and fsync")
     add("--dir", type=Path, help="where checkpoints go (default: a temporary directory)")
     add("--json", action="store_true", help="print one JSON object, and everything else on stderr")
@@ -151,25 +155,31 @@ def launch(arguments: argparse.Namespace) -> dict[str, Any] | int:
     root = Path(tempfile.mkdtemp(prefix="moc_stall_", dir=arguments.dir))
     report_file = root / "report.json"
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    env |= {"MOC_BENCH_REPORT": str(report_file), "MOC_BENCH_DIR": str(root), "MOC_JOB_ID": f"bench-{os.getpid()}"}
+    env |= {"MOC_BENCH_REPORT": str(report_file), "MOC_BENCH_DIR": str(root), "MOC_BENCH_JOB": f"bench-{os.getpid()}"}
     if not shutil.which("nvidia-smi"):
         env.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
-    shared = Path(env.get("MOC_SHM_DIR") or "/dev/shm") / f"moc_ckpt-{os.getuid()}" / env["MOC_JOB_ID"]
+    shared = Path(env.get("MOC_SHM_DIR") or "/dev/shm") / f"moc_ckpt-{os.getuid()}"
+    # The ranks' stdout goes to our stderr: stdout is for the report.
+    ranks = subprocess.Popen([*command, __file__, *sys.argv[1:]], env=env, stdout=sys.stderr)
     try:
-        # The ranks' stdout goes to our stderr: stdout is for the report.
-        result = subprocess.run(
-            [*command, __file__, *sys.argv[1:]], env=env, stdout=sys.stderr, check=False, timeout=arguments.timeout
-        )
-        if result.returncode or not report_file.exists():
-            return result.returncode or 1
+        status = ranks.wait(arguments.timeout)
+        if status or not report_file.exists():
+            return status or 1
         return json.loads(report_file.read_text())
     except subprocess.TimeoutExpired:
         print(f"ended after {arguments.timeout:.0f} s (--timeout)", file=sys.stderr)
         return 1
     finally:
+        if ranks.poll() is None:
+            ranks.terminate()  # it passes this on to the ranks
+            try:
+                ranks.wait(30)
+            except subprocess.TimeoutExpired:
+                ranks.kill()
         shutil.rmtree(root, ignore_errors=True)
-        shutil.rmtree(shared, ignore_errors=True)
+        for folder in shared.glob(f"{env['MOC_BENCH_JOB']}-*"):  # what a failed run left behind
+            end_job(folder)
 
 
 def worker(arguments: argparse.Namespace, arms: list[Arm]) -> int:

@@ -64,3 +64,100 @@ def test_saves_beside_training(pool: Pool, tmp_path: Path, row: str, k: int | No
     assert answers[0]["sizes"][0] == len(everyone(experts))
     if k is not None:
         assert answers[0]["sizes"][1:] == [sum(min(k, count) for count in experts)] * (saves - 1)
+
+
+def slow_down(seconds: float) -> Any:
+    """Let every snapshot's copies begin late, so that the next update comes first unless it waits; how to undo it."""
+    import time
+
+    from moc_ckpt.snapshot.stager import Stager
+
+    plain = Stager._run
+
+    def run(self: Any, job: Any) -> None:
+        time.sleep(seconds)
+        plain(self, job)
+
+    Stager._run = run  # type: ignore[method-assign]
+    return lambda: setattr(Stager, "_run", plain)
+
+
+def case_every_step(
+    ctx: Any, path: str, row: str, k: int | None, steps: int, every: int, slow: float, plugin: dict[str, Any]
+) -> dict[str, Any]:
+    """Snapshots at every step and persists at some, without a call in the training loop; each is loaded elsewhere."""
+    diary = Diary(ctx, f"{path}/c", f"{path}/kept")
+    plain = build(ctx, row, None, save_mode="durable")
+    expected = harness.train(plain, steps)
+    section = {
+        "k_snapshot": k or "auto",
+        "snapshot_interval": 1,
+        "persist_interval": every,
+        "save_dir": diary.path,
+        "host": {"linger_s": 3.0, "on_busy": "wait"},
+        "storage": {"keep_last": 0},
+        **plugin,
+    }
+    engine = build(ctx, row, None, **section)
+    out: dict[str, Any] = {"wrong": [], "losses": []}
+    undo = slow_down(slow) if slow else (lambda: None)
+    try:
+        for _ in range(steps):
+            out["losses"] += harness.train(engine, 1)
+            diary.note(engine, attempt=1)
+        engine.moc.wait()
+    finally:
+        undo()
+    out["expected"] = expected
+    out["skipped"] = engine.moc.pipeline.tuner.skipped
+    out["tags"] = tags(diary.path)
+    out["versions"] = [len(set(versions(manifest(diary.path, tag)).values())) for tag in out["tags"]]
+    if ctx.rank == 0:
+        out["wrong"] += [problem for tag in out["tags"] for problem in verified(diary.path, tag)]
+    engine = build(ctx, row, None, seed=2, save_mode="durable")
+    for tag in out["tags"]:
+        out["wrong"] += diary.load(engine, tag)
+    return out
+
+
+EVERY_STEP = [
+    ("z2_bf16", 1, 3, 0.0, {}),
+    ("z2_bf16", 1, 1, 0.4, {}),
+    ("z2_bf16", None, 2, 0.4, {"balance": "none"}),
+    ("z0_fp32", 2, 3, 0.4, {}),
+    ("z0_bf16", 1, 3, 0.0, {"save_weights": "sharded"}),
+    ("z1_bf16_fp32acc", 1, 2, 0.4, {"selection": "load_aware"}),
+    ("z2_bf16_cpu_adam", 1, 2, 0.4, {"sharding": "equal"}),
+    ("z2_fp16", 1, 1, 0.0, {}),
+    ("z1_bf16", 2, 4, 0.0, {"host": {"linger_s": 3.0, "on_busy": "wait", "keep_committed": True}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "k", "every", "slow", "plugin"),
+    EVERY_STEP,
+    ids=[f"{row}-{k}-{every}{'-slow' * bool(slow)}" for row, k, every, slow, _ in EVERY_STEP],
+)
+def test_a_snapshot_at_every_step(
+    pool: Pool, tmp_path: Path, row: str, k: int | None, every: int, slow: float, plugin: dict[str, Any]
+) -> None:
+    steps = 8
+    answers = pool.run(
+        4,
+        case_every_step,
+        path=str(tmp_path),
+        row=row,
+        k=k,
+        steps=steps,
+        every=every,
+        slow=slow,
+        plugin=plugin,
+        deadline=DEADLINE,
+    )
+    for answer in answers:
+        assert answer["losses"] == answer["expected"]
+    assert [problem for answer in answers for problem in answer["wrong"]] == []
+    assert answers[0]["skipped"] == 0
+    assert answers[0]["tags"] == [f"global_step{step}" for step in range(1, steps + 1) if step % every == 0]
+    if k == 1:
+        assert max(answers[0]["versions"]) > 1

@@ -23,7 +23,7 @@ def test_formula_of_the_design() -> None:
     assert need.dense == 3 * 7 * MIB
     assert need.total == spec_of(need).reserved
     assert need.total < 1.01 * (need.experts + need.dense)
-    assert need.formula == "experts 160.00 MiB (N) + 2 x 40.00 MiB (K), dense 3 x 7.00 MiB: 261.06 MiB"
+    assert need.formula == "experts 160.00 MiB (N) + 2 x 40.00 MiB (K), dense 3 x 7.00 MiB: 261.05 MiB"
 
 
 def test_pins_and_committed_copies_come_on_top() -> None:

@@ -215,7 +215,7 @@ def test_defaults_by_device():
 
 def test_quick_gives_way_to_what_is_given():
     arguments, arms = settled("--quick", "--hidden", "128", "--arms", "native", "pec/1")
-    assert (arguments.hidden, arguments.pairs, [arm.name for arm in arms]) == (128, 3, ["native", "pec/1"])
+    assert (arguments.hidden, arguments.pairs, [arm.name for arm in arms]) == (128, 6, ["native", "pec/1"])
     _, arms = settled("--quick")
     assert [arm.name for arm in arms] == ["native", "dcp", save_stall.OURS_QUICK]
 

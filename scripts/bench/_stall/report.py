@@ -54,12 +54,17 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("step", lambda one: f"{one['step_ratio']:.3f}"),
     ("p99 step", lambda one: f"{one['p99_ratio']:.3f}"),
     ("drain ms", lambda one: f"{one['drain_ms']:.0f}"),
-    ("MB", lambda one: f"{one['bytes'] / 1e6:.0f}" if one.get("bytes") else ""),
+    ("copied MB", lambda one: f"{one['snapshot_bytes'] / 1e6:.0f}" if one.get("snapshot_bytes") else ""),
+    ("written MB", lambda one: f"{_written(one) / 1e6:.0f}" if _written(one) else ""),
     ("CPU s", lambda one: f"{one['cpu_s']:.2f} + {one['cpu_others_s']:.2f}"),
     ("memory MB", lambda one: f"{(one['rss_bytes'] + one['rss_others_bytes']) / 1e6:.0f}"),
     ("shared MB", lambda one: f"{one['shared_bytes'] / 1e6:.0f}" if one["shared_bytes"] else ""),
     ("of raw", lambda one: f"{one['persist_to_raw']:.2f}" if one.get("persist_to_raw") else ""),
 )
+
+
+def _written(entry: dict[str, Any]) -> int:
+    return entry.get("persist_bytes", entry.get("bytes", 0))
 
 
 def rows(report: dict[str, Any]) -> list[list[str]]:
@@ -92,8 +97,8 @@ def table(report: dict[str, Any]) -> None:
     console.print(
         "calls: host time inside the checkpointing's code, by checkpoint; lost: all that the training loop lost by it, "
         "against the block beside; step, p99 step: ratios to steps without checkpointing; drain: background work left "
-        "at a block's end; CPU s: trainer above the block beside + agents; of raw: persist bandwidth to a plain "
-        "O_DIRECT write",
+        "at a block's end; copied, written: bytes of one checkpoint, all ranks; CPU s: trainers above the block beside "
+        "+ agents; of raw: persist bandwidth to a plain O_DIRECT write in the same run",
         soft_wrap=True,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from _stall import process
+from _stall.agents import job_folder
 from _stall.arms import Arm, blocks
 from _stall.numbers import Block, merge_ranks, summarise
 from _stall.raw_write import raw_write
@@ -40,10 +41,6 @@ class Bench:
         self._arguments, self._arms, self._root = arguments, arms, root
         self._training = Training(arguments)
         self._first_local = int(os.environ["LOCAL_RANK"]) == 0
-        job = os.environ["MOC_JOB_ID"]
-        base = Path(os.environ.get("MOC_SHM_DIR") or "/dev/shm")
-        self._shared = base / f"moc_ckpt-{os.getuid()}" / job
-        self._job = job
         self._seen: dict[int, float] = {}
         self._blocks: list[Block] = []
         self._facts: dict[str, dict[str, Any]] = {}
@@ -54,6 +51,8 @@ class Bench:
         begin = time.perf_counter()
         for _ in range(arguments.warmup):
             training.step()
+        if arguments.budget:
+            arguments.pairs = self._affordable_pairs()
         order = blocks(self._arms, arguments.pairs, arguments.rounds)
         for number, entry in enumerate(order):
             for arm, with_arms in entry:
@@ -72,6 +71,21 @@ class Bench:
             "arms": summarise(merged, [arm.name for arm in self._arms if arm.name in self._facts], self._facts),
             "labels": {arm.name: arm.label() for arm in self._arms},
         }
+
+    def _affordable_pairs(self) -> int:
+        """Returns how many pairs of blocks fit into the budget; equal on all ranks."""
+        arguments = self._arguments
+        dist.barrier()
+        self._training.synchronize()
+        begin = time.perf_counter()
+        for _ in range(3):
+            self._training.step()
+        self._training.synchronize()
+        steps = arguments.budget / max(1e-6, (time.perf_counter() - begin) / 3)
+        # Beside its pairs an arm has steps for its first checkpoint and to get into phase.
+        found = [int((steps / len(self._arms) / arguments.rounds - 20) / (2 * arguments.block))]
+        dist.broadcast_object_list(found, src=0)
+        return min(max(2, found[0]), arguments.pairs)
 
     def _description(self, state_bytes: list[int]) -> dict[str, Any]:
         import deepspeed
@@ -138,7 +152,7 @@ class Bench:
         training.synchronize()
         wall = time.perf_counter() - begin
         memory = process.resident_bytes(os.getpid())
-        shared = process.shared_bytes(self._shared) if self._first_local else 0
+        shared = process.shared_bytes(job_folder(arm)) if self._first_local else 0
         begin = time.perf_counter()
         if with_arm:
             runner.drain()
@@ -170,7 +184,9 @@ class Bench:
         """Returns processor seconds of agents and helper processes since the last call, and their memory."""
         if not self._first_local:
             return 0.0, 0
-        pids = process.descendants(os.getpid()) | process.matching("moc_ckpt.persist.agent", self._job)
+        pids = process.descendants(os.getpid()) | process.matching(
+            "moc_ckpt.persist.agent", os.environ["MOC_BENCH_JOB"]
+        )
         now = {pid: process.cpu_seconds(pid) for pid in pids}
         used = sum(max(0.0, seconds - self._seen.get(pid, 0.0)) for pid, seconds in now.items())
         self._seen = now
@@ -205,7 +221,14 @@ def _chunks(values: list[float], size: int) -> list[list[float]]:
 
 def _merge_facts(fact: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     """Turns the ranks' single persists and raw writes into bandwidths of the job: all bytes over the slowest rank."""
-    fact["setup_s"] = max(one.get("setup_s", 0.0) for one in ranks)
+    for name in ("setup_s",):
+        fact[name] = max(one.get(name, 0.0) for one in ranks)
+    for name in ("snapshot_bytes", "persist_bytes"):
+        if name in fact:
+            fact[name] = sum(one[name] for one in ranks)
+    if "snapshot_bytes" in fact:
+        fact["bytes"] = fact["persist_bytes"] or fact["snapshot_bytes"]
+        fact["copy_bytes_per_s"] = min(one["copy_bytes_per_s"] for one in ranks)
     persists = [one.get("persists", []) for one in ranks]
     rows = list(zip(*persists, strict=True))
     if not rows:

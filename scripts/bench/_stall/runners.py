@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from _stall.agents import end_job, job_folder
 from _stall.arms import Arm, ArmError, plugin_section
 from _stall.hooks import AddedHooks, Clock
 from _stall.training import Training
@@ -167,7 +170,10 @@ class Dcp(Runner):
 
 
 class Plugin(Runner):
-    """moc_ckpt on the same engine: attached for this arm, its hooks taken off in the blocks without it."""
+    """moc_ckpt on the same engine: attached for this arm, its hooks taken off in the blocks without it.
+
+    Every arm is a job of its own, so that its arenas and its agent can go when it ends.
+    """
 
     def start(self) -> None:
         from moc_ckpt.config import MocConfig, parse_config
@@ -186,13 +192,38 @@ class Plugin(Runner):
                 persist_interval=arguments.persist_interval,
             )
         )
-        self._clock = Clock()
+        self._job = job_folder(self.arm)
+        os.environ["MOC_JOB_ID"] = self._job.name
+        self._clock, self._copies = Clock(), []
         self._hooks = AddedHooks(training.engine.module, training.basic_optimizer)
+        dist.barrier()
         begin = time.perf_counter()
         self.moc: Any = MocCheckpoint(training.engine, config)
         self._setup = time.perf_counter() - begin
         self.moc.step_done = self._clock.wrap(self.moc.step_done)
         self._hooks.time_optimizer_hooks(self._clock)
+        if self.arm.ours:
+            self._watch_copies(self.moc.pipeline.tuner)
+            self.moc.register_state(dict)
+        self.park()
+        if self.arm.ours and "auto" in (arguments.k, arguments.k_persist):
+            self._settle()
+
+    def _watch_copies(self, tuner: Any) -> None:
+        copied = tuner.copied
+
+        def watch(job: Any) -> None:
+            self._copies.append((job.nbytes, job.seconds))
+            copied(job)
+
+        tuner.copied = watch
+
+    def _settle(self) -> None:
+        """Trains until what is `auto` has been measured and decided."""
+        self.resume()
+        for _ in range(self.arguments.settle):
+            self.training.step()
+        self.drain()
         self.park()
 
     def resume(self) -> None:
@@ -210,7 +241,9 @@ class Plugin(Runner):
         return self._clock.take()
 
     def drain(self) -> None:
-        if hasattr(self.moc, "wait"):
+        if self.arm.ours:
+            # The last copy must end before steps without the hooks overwrite what it reads.
+            self.moc.pipeline.quiesce()
             self.moc.wait()
 
     def clean(self) -> None:
@@ -219,15 +252,51 @@ class Plugin(Runner):
         else:
             dist.barrier()  # the plugin's own retention keeps one
 
+    def last_persist(self) -> tuple[int, float]:
+        found = self._persists()
+        return found[-1] if found else (0, 0.0)
+
+    def _persists(self) -> list[tuple[int, float]]:
+        """Returns bytes and seconds of this rank's writes, as its agent logged them."""
+        rank, found = dist.get_rank(), []
+        for log in sorted((self.folder / "events").glob("*.jsonl")):
+            for line in log.read_text().splitlines():
+                event = json.loads(line)
+                fields = event.get("fields", event)
+                if event.get("event") == "PERSISTED" and fields.get("rank") == rank:
+                    found.append((int(fields["bytes"]), float(fields["seconds"])))
+        return found
+
     def stop(self) -> None:
+        self._written = self._persists()
+        if self.arm.ours:
+            tuner = self.moc.pipeline.tuner
+            self._chosen = {"k": tuner.k, "skipped": tuner.skipped}
         self.resume()
         self.drain()
         self.training.engine.moc = None
         self.moc.close()
         self._hooks.park()
+        dist.barrier()
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            end_job(self._job)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        dist.barrier()
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "setup_s": self._setup}
+        found = {**super().facts(), "setup_s": self._setup}
+        if not self.arm.ours:
+            return found
+        # The first persist of a directory holds every expert.
+        written = [nbytes for nbytes, _ in self._written[1:]]
+        copies = self._copies[1:]
+        found |= {**self._chosen, "snapshots": len(self._copies), "persists_seen": len(self._written)}
+        found["snapshot_bytes"] = int(statistics.median(nbytes for nbytes, _ in copies)) if copies else 0
+        found["persist_bytes"] = int(statistics.median(written)) if written else 0
+        rates = [nbytes / seconds for nbytes, seconds in copies if seconds > 0]
+        found["copy_bytes_per_s"] = statistics.median(rates) if rates else 0.0
+        found["bytes"] = found["persist_bytes"] or found["snapshot_bytes"]
+        return found
 
 
 def make_runner(arm: Arm, training: Training, arguments: argparse.Namespace, root: Path) -> Runner:
