@@ -96,7 +96,9 @@ class MemoryVersions:
 
     def stalest_first(self) -> list[Place]:
         """Returns all experts, those with the oldest newest version first."""
-        return sorted(self._steps, key=lambda place: (self._steps[place][-1] if self._steps[place] else -1, place))
+        return [
+            place for _, place in sorted((steps[-1] if steps else -1, place) for place, steps in self._steps.items())
+        ]
 
     def forget(self) -> None:
         """Forgets everything: the live state has become another one."""

@@ -73,11 +73,14 @@ def fill(
     chosen = set(units)
     loads = ownership.loads(chosen)
     room = (int(loads.max(initial=0)) if limit is None else limit) - loads
-    first = np.searchsorted(ownership.unit, np.arange(ownership.offsets[-1] + 1))
+    # Most have no room from the start, and room only shrinks: a training step waits for this.
+    fits = ownership.nbytes <= room[ownership.rank]
+    without = set(ownership.unit[~fits].tolist())
+    first = np.searchsorted(ownership.unit, np.arange(ownership.offsets[-1] + 1)).tolist()
     for unit in order:
-        if unit in chosen:
+        if unit in chosen or unit in without:
             continue
-        shares = slice(int(first[unit]), int(first[unit + 1]))
+        shares = slice(first[unit], first[unit + 1])
         ranks, nbytes = ownership.rank[shares], ownership.nbytes[shares]
         if np.all(room[ranks] >= nbytes):
             room[ranks] -= nbytes

@@ -207,7 +207,7 @@ class AgentServer:
                 continue
             if self.work.unfinished(trainer.who):
                 continue
-            self.work.forget(trainer.who, trainer.hello.arena)
+            self.work.forget(trainer.who)
             del self._trainers[trainer.who]
             if not trainer.left:
                 _log.warning("rank %d (process %d) died", trainer.hello.rank, trainer.pid)

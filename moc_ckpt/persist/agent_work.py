@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import logging
-import mmap
-import os
-import queue
-import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from moc_ckpt.errors import MocError, StorageError
-from moc_ckpt.events import EventKind, EventLog
-from moc_ckpt.persist.committer import Ending, Flight, SaveKey, await_commit, retain
+from moc_ckpt.events import EventKind
+from moc_ckpt.persist.agent_events import EventWriter
+from moc_ckpt.persist.agent_read import (
+    Arenas,
+    GuardedSource,
+    check_request,
+    is_published,
+    read_extras,
+    remove_leftovers,
+)
+from moc_ckpt.persist.committer import Ending, Flight, SaveKey, await_commit, discard, retain
 from moc_ckpt.persist.protocol import Event, Outcome, Persist, Persisted, ToClient
-from moc_ckpt.persist.source import FileSource
 from moc_ckpt.persist.writer import write_prepared
-from moc_ckpt.storage.checkpoint import part_key, write_failure
-from moc_ckpt.storage.manifest import Part, decode_part
+from moc_ckpt.storage.checkpoint import write_failure
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["Counts", "Job", "Work"]
@@ -33,7 +33,6 @@ RANKS_AT_ONCE = 2
 """Ranks whose parts are written at the same time; more do not make one disk faster."""
 _MOST_UNFINISHED = 8
 _KEEP_FINISHED = 64
-_MOST_EVENTS = 10_000
 _MOST_THREADS = 64
 
 _log = logging.getLogger(__name__)
@@ -117,7 +116,6 @@ class Work:
 
     def __init__(self, folder: Path, node: str, *, grace_s: float, changed: Callable[[], None]) -> None:
         self._folder = folder
-        self._node = node
         self._grace_s = grace_s
         self._changed = changed
         self._mutex = threading.Lock()
@@ -127,21 +125,20 @@ class Work:
         self._finished: deque[tuple[str, str, str, int]] = deque()
         self._saves: dict[tuple[str, str, str], _Save] = {}
         self._writing: set[str] = set()
-        self._arenas: dict[str, tuple[tuple[int, int, int], np.ndarray]] = {}
+        self._arenas = Arenas()
         self._stores: dict[str, Store] = {}
-        self._logs: dict[str, EventLog] = {}
         self._flights: dict[str, Flight] = {}
         self._counts: dict[tuple[str, int], Counts] = {}
         self._prefixes: dict[tuple[str, int], str] = {}
-        self._events: queue.Queue[Event | None] = queue.Queue(_MOST_EVENTS)
+        self._events = EventWriter(self._store, node)
         self._watchers = 0
         self._closing = False
         self._aborted = False
+        self._dropped = 0
         self._threads = [
             threading.Thread(target=self._write_loop, name=f"moc-writer-{index}", daemon=True)
             for index in range(RANKS_AT_ONCE)
         ]
-        self._threads.append(threading.Thread(target=self._event_loop, name="moc-events", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -158,7 +155,7 @@ class Work:
         part = request.part
         try:
             key = SaveKey(request.url, part.tag, part.save_id, part.attempt, part.step, part.world)
-            _check(request, who[1], self._folder)
+            check_request(request, who[1], self._folder)
         except MocError as error:
             reply(_failed(request.seq, error))
             return
@@ -226,17 +223,15 @@ class Work:
 
     def event(self, event: Event) -> None:
         """Hands a line to the event log of its directory; dropped when storage is too slow for them all."""
-        try:
-            self._events.put_nowait(event)
-        except queue.Full:
-            _log.warning("an event %s was dropped: storage does not take them fast enough", event.event)
+        self._events.put(event)
 
-    def forget(self, who: tuple[str, int], arena: str) -> None:
+    def forget(self, who: tuple[str, int]) -> None:
         """Lets go of a trainer that is gone: its saves stay, its mapping goes once nothing is written from it."""
         with self._mutex:
             if not any(job.who == who and job.request is not None for job in self._jobs.values()):
                 self._prefixes.pop(who, None)
-                self._arenas.pop(arena, None)
+                self._counts.pop(who, None)
+                self._arenas.forget(who)
 
     def counts(self, who: tuple[str, int]) -> Counts:
         """Returns what a rank's requests are doing."""
@@ -273,17 +268,15 @@ class Work:
         self._aborted = abort
         with self._mutex:
             self._closing = True
-            dropped = list(self._queue)
+            self._dropped += len(self._queue)
             self._queue.clear()
             self._wake.notify_all()
-        for thread in self._threads[:RANKS_AT_ONCE]:
+        for thread in self._threads:
             thread.join()
         end = time.monotonic() + deadline_s
-        while self.unfinished() > len(dropped) and time.monotonic() < end:
+        while self.unfinished() > self._dropped and time.monotonic() < end:
             time.sleep(0.05)
-        with suppress(queue.Full):
-            self._events.put_nowait(None)
-            self._threads[-1].join(max(end - time.monotonic(), 1.0))
+        self._events.close(max(end - time.monotonic(), 1.0))
 
     # ---- writing ----
 
@@ -322,13 +315,12 @@ class Work:
             store = self._store(request.url)
             begun, cpu = time.monotonic(), time.process_time()
             nbytes = 0
-            if not _is_there(store, part):
+            if not is_published(store, part):
                 if request.again:  # what a writer that was killed half-way left behind
-                    for pack in request.packs:
-                        store.delete_prefix(pack.key)
-                array = self._arena(request)
-                sources = [_Guarded(array, pack.spans, lambda: self._check_wanted(job)) for pack in request.packs]
-                extras = _read_extras(request)
+                    remove_leftovers(store, request)
+                array = self._arenas.map(request, job.who)
+                sources = [GuardedSource(array, pack.spans, lambda: self._check_wanted(job)) for pack in request.packs]
+                extras = read_extras(request)
                 written = write_prepared(store, part, sources, extras, threads=min(request.threads, _MOST_THREADS))
                 nbytes = sum(pack.stored_bytes for pack in written.packs) + sum(map(len, extras.values()))
             done = Persisted(job.seq, nbytes, time.monotonic() - begun, time.process_time() - cpu)
@@ -389,29 +381,6 @@ class Work:
             write_failure(self._store(request.url), part.tag, part.save_id, part.rank, error)
         except Exception as second:
             _log.warning("the other nodes cannot be told about it: %s", second)
-
-    def _arena(self, request: Persist) -> np.ndarray:
-        """Returns the mapped arena; what is asked of it must lie inside."""
-        fd = _open_owned(request.arena)
-        try:
-            info = os.fstat(fd)
-            now = (info.st_dev, info.st_ino, info.st_size)
-            with self._mutex:
-                known, array = self._arenas.get(request.arena, ((0, 0, 0), np.zeros(0, np.uint8)))
-            if known != now:  # new, or made again under the same name
-                array = _map(fd, info.st_size)
-                with self._mutex:
-                    self._arenas[request.arena] = (now, array)
-        finally:
-            os.close(fd)
-        end = max((offset + nbytes for pack in request.packs for _, offset, nbytes in pack.spans), default=0)
-        if end > len(array):
-            raise StorageError(
-                f"the arena has {len(array):,} bytes, a request reads up to byte {end:,}",
-                where=request.arena,
-                fix="report this; training goes on",
-            )
-        return array
 
     # ---- the end of a save ----
 
@@ -531,22 +500,16 @@ class Work:
                 )
                 if report is not None and (report.dropped or report.saves):
                     _log.info("retention removed %s", ", ".join((*report.dropped, *report.saves)))
-        elif not ending.committed and (ending.decided_here or failed_here):
+        if ending.committed:
+            return
+        ranks = sorted({job.who[1] for job in save.jobs})
+        discard(store, key, ranks, leads=0 in ranks)
+        if ending.decided_here or failed_here:
             _log.warning("%s (step %d) failed: %s", key.tag, key.step, ending.what)
             told = {"reason": ending.what, "where": ending.where, "fix": ending.fix, "save_id": key.save_id}
             self.event(Event(key.url, EventKind.FAILED.value, key.attempt, key.step, key.tag, told))
 
     # ---- the rest ----
-
-    def _event_loop(self) -> None:
-        while (event := self._events.get()) is not None:
-            try:
-                log = self._logs.get(event.url)
-                if log is None:
-                    log = self._logs[event.url] = EventLog(self._store(event.url), self._node)
-                log.write(event.event, attempt=event.attempt, step=event.step, tag=event.tag, **event.fields)
-            except Exception as error:  # a line less; the work goes on
-                _log.warning("an event %s was not written: %s", event.event, error)
 
     def _store(self, url: str) -> Store:
         with self._mutex:
@@ -558,122 +521,5 @@ class Work:
         return store
 
 
-class _Guarded(FileSource):
-    """Reads an arena as long as the bytes are wanted."""
-
-    def __init__(self, array: np.ndarray, spans: list[tuple[int, int, int]], check: Callable[[], None]) -> None:
-        super().__init__(array, spans)
-        self._check_wanted = check
-
-    def read_into(self, dst: np.ndarray, offset: int) -> None:
-        self._check_wanted()
-        super().read_into(dst, offset)
-
-    def pieces(self, offset: int, nbytes: int) -> list[np.ndarray] | None:
-        self._check_wanted()
-        return super().pieces(offset, nbytes)
-
-
 def _failed(seq: int, error: MocError) -> Outcome:
     return Outcome(seq, False, error.what, error.where, error.fix)
-
-
-def _check(request: Persist, rank: int, folder: Path) -> None:
-    """Refuses a request that makes no sense, before anything is touched.
-
-    Raises:
-        StorageError: naming what is wrong.
-    """
-    part = request.part
-    problem = ""
-    if part.rank != rank:
-        problem = f"rank {rank} sent the part of rank {part.rank}"
-    elif not 0 <= part.rank < part.world:
-        problem = f"there is no rank {part.rank} in a world of {part.world}"
-    elif request.url.startswith("memory://"):
-        problem = "memory:// lives in one process only: the agent cannot write there"
-    elif Path(request.arena).parent != folder:
-        problem = f"the arena {request.arena} is not in the job's directory {folder}"
-    elif [pack.key for pack in request.packs] != [pack.path for pack in part.packs]:
-        problem = "the packs are not those of the part"
-    elif not request.commit_s > 0 or request.threads < 1:
-        problem = f"commit_s {request.commit_s} and threads {request.threads} must be positive"
-    else:
-        for pack, record in zip(request.packs, part.packs, strict=True):
-            problem = problem or _check_spans(pack.spans, record.nbytes, record.path)
-            if pack.nbytes != record.nbytes:
-                problem = f"{pack.key} has {record.nbytes:,} bytes in the part, {pack.nbytes:,} in the request"
-            elif not record.path.startswith(f"{part.tag}/{part.save_id}/packs/rank_{part.rank:05d}."):
-                problem = f"{record.path} is not a pack of this save"
-        if any(extra.offset < 0 or extra.nbytes < 0 for extra in request.extras):
-            problem = "an extra file has a negative place or size"
-    if problem:
-        raise StorageError(problem, where=f"the save {part.tag!r} of rank {rank}", fix="report this; training goes on")
-
-
-def _check_spans(spans: list[tuple[int, int, int]], nbytes: int, where: str) -> str:
-    end = 0
-    for place, offset, size in spans:
-        if place < end or size < 0 or offset < 0 or place + size > nbytes:
-            return f"{where}: the span {(place, offset, size)} overlaps the one before or leaves the pack"
-        end = place + size
-    return ""
-
-
-def _is_there(store: Store, part: Part) -> bool:
-    """Tells whether the rank's part was published before, by this agent or one that is gone."""
-    data = store.read(part_key(part.tag, part.save_id, part.rank))
-    if data is None:
-        return False
-    try:
-        found = decode_part(data, part.tag)
-    except StorageError:
-        return False
-    same = (found.save_id, found.attempt, found.step, found.rank, found.world)
-    return same == (part.save_id, part.attempt, part.step, part.rank, part.world)
-
-
-def _open_owned(path: str) -> int:
-    """Opens an arena's file for reading: a plain file of this user.
-
-    Raises:
-        StorageError: if it is not.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise StorageError(
-            f"the arena cannot be opened: {error.strerror}", where=path, fix="training goes on; was it removed?"
-        ) from error
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
-        os.close(fd)
-        raise StorageError("the arena is not a plain file of this user", where=path, fix="look who made it")
-    return fd
-
-
-def _map(fd: int, size: int) -> np.ndarray:
-    if size == 0:
-        return np.zeros(0, np.uint8)
-    return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), np.uint8)
-
-
-def _read_extras(request: Persist) -> dict[str, bytes]:
-    """Reads the small files with system calls: their region may have holes, which a mapping must not touch."""
-    if not request.extras:
-        return {}
-    fd = _open_owned(request.arena)
-    try:
-        found = {}
-        for extra in request.extras:
-            data = os.pread(fd, extra.nbytes, extra.offset)
-            if len(data) != extra.nbytes:
-                raise StorageError(
-                    f"{extra.name}: {extra.nbytes:,} bytes at {extra.offset:,} are not in the arena",
-                    where=request.arena,
-                    fix="report this; training goes on",
-                )
-            found[extra.name] = data
-        return found
-    finally:
-        os.close(fd)

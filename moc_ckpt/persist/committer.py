@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from moc_ckpt.errors import CorruptionError, FormatError, MocError, StorageError
-from moc_ckpt.storage.checkpoint import PartsStatus, check_save_id, check_tag
+from moc_ckpt.storage.checkpoint import (
+    LOCK,
+    PartsStatus,
+    check_save_id,
+    check_tag,
+    load_manifest,
+    manifest_key,
+    pack_key,
+    part_key,
+    save_prefix,
+)
 from moc_ckpt.storage.commit import Outcome as OutcomeNote
 from moc_ckpt.storage.commit import commit, parts_status, read_outcome, write_outcome
 from moc_ckpt.storage.retention import RetentionReport, apply_retention
 from moc_ckpt.storage.store import Store
 
-__all__ = ["GRACE_S", "Ending", "Flight", "SaveKey", "await_commit", "retain"]
+__all__ = ["GRACE_S", "Ending", "Flight", "SaveKey", "await_commit", "discard", "retain"]
 
 GRACE_S = 20.0
 """Seconds that other agents leave the agent of rank 0 to commit a save whose parts are all there."""
@@ -236,13 +246,39 @@ def _note(store: Store, save: SaveKey, note: OutcomeNote) -> None:
         _log.warning("the outcome of %s cannot be noted for the other nodes: %s", save.tag, error.what)
 
 
+def discard(store: Store, save: SaveKey, ranks: Collection[int], *, leads: bool) -> None:
+    """Removes what ranks have written for a save that failed: on a full disk it would be in the next one's way.
+
+    Does nothing if the save was committed after all. A failure is logged; retention removes what is left over.
+
+    Args:
+        store: the checkpoint root.
+        save: the save, which nobody is going to commit any more.
+        ranks: whose packs to remove; nobody writes them any more.
+        leads: remove the extra files of all ranks too.
+    """
+    try:
+        with store.lock(LOCK, _LOCK_S):  # no commit reads the parts meanwhile
+            if store.exists(manifest_key(save.tag)) and load_manifest(store, save.tag).save_id == save.save_id:
+                return
+            for rank in ranks:
+                store.delete(part_key(save.tag, save.save_id, rank))
+        for rank in ranks:
+            for which in ("dense", "experts"):
+                store.delete_prefix(pack_key(save.tag, save.save_id, rank, which))
+        if leads:
+            store.delete_prefix(f"{save_prefix(save.tag, save.save_id)}/extra")
+    except MocError as error:
+        _log.warning("what was written of %s is left behind: %s", save.tag, error.what)
+
+
 class Flight:
     """Tells which saves may be in flight: those of the runs that are connected, until they are known to be finished.
 
     Thread-safe for the uses made of it: one instance serves one directory of one agent.
     """
 
-    _KEEP = 4096
+    _KEEP = 1024
 
     def __init__(self) -> None:
         self._finished: dict[str, None] = {}

@@ -565,6 +565,8 @@ def _bytes(value: float) -> str:
 def _time(seconds: float) -> str:
     if seconds >= 7200:
         return f"{seconds / 3600:.3g} h"
+    if seconds >= 1000:
+        return f"{seconds:.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 

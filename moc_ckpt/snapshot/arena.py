@@ -91,7 +91,7 @@ class Arena:
     ) -> Arena:
         """Makes an arena: reserves its memory, then touches every page of it, so that no copy meets a cold page.
 
-        This takes long (about 0.6 s per GiB and thread). A file that could not be finished is removed.
+        This takes long (about 1 s per GiB). A file that could not be finished is removed.
 
         Args:
             path: the file, which must not exist; its directory must.

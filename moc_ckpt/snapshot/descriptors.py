@@ -67,7 +67,8 @@ class Descriptors:
             self._uses[at] -= 1
             if not self._uses[at]:
                 del self._uses[at]
-                self._known.pop(self._blobs.pop(at, b"\0"), None)
+                if at in self._blobs:  # not one that an earlier process stored
+                    del self._known[self._blobs.pop(at)]
                 gone.append((at, rounded(nbytes, DESCRIPTOR_GRAIN)))
         self._space.give(gone)
 

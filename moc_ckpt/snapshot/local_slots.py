@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from moc_ckpt.snapshot.arena import Arena
+from moc_ckpt.snapshot.records import page_rounded
 from moc_ckpt.snapshot.slots import Slot, SlotState
 from moc_ckpt.snapshot.sources import UnitSource
 from moc_ckpt.snapshot.versions import freeable
@@ -22,6 +23,10 @@ class Version(NamedTuple):
 
     slot: Slot
     source: UnitSource | None
+
+
+_IDLE = (SlotState.FILLED, SlotState.COMMITTED)
+_NONE: dict[int, Version] = {}
 
 
 class LocalSlots:
@@ -43,6 +48,7 @@ class LocalSlots:
         self._confirmed = -1
         # Steps whose snapshot is not whole everywhere; their versions must never make an older one superfluous.
         self._bad: set[int] = set()
+        self._expected: tuple[int, list[Slot]] | None = None
 
     def begin(self, sources: Sequence[UnitSource], *, attempt: int, step: int) -> list[Version] | None:
         """Takes slots for a snapshot; None, and nothing taken, if there is no room."""
@@ -132,13 +138,20 @@ class LocalSlots:
                         self._discard(*key)
             if committed and keys:
                 self._committed = max(self._committed, *(step for _, step in keys))
-            self._sweep({unit for unit, _ in keys})
+            self._free(self._older({unit for unit, _ in keys}, self._confirmed))
+            self._expected = None
 
     def confirm(self, step: int, units: Iterable[str]) -> None:
         """Takes in that a snapshot is whole on every rank: older versions of its units may go."""
         with self._lock:
             self._confirmed = max(self._confirmed, step)
-            self._sweep({*units, DENSE_UNIT, EXTRA_UNIT})
+            expected, self._expected = self._expected, None
+            if expected is not None and expected[0] == self._confirmed:
+                # Found when the room was reckoned; since then a persist may have begun to need some.
+                found = [self._table.get(slot.index) for slot in expected[1]]
+                self._free([slot for slot in found if slot.state in _IDLE and not self._is_needed(slot)])
+            else:
+                self._free(self._older([*units, DENSE_UNIT, EXTRA_UNIT], self._confirmed))
 
     def drop(self, step: int) -> None:
         """Gives up the versions of a snapshot that failed on some rank; those still needed go when released."""
@@ -147,13 +160,19 @@ class LocalSlots:
             for unit, steps in self._versions.items():
                 if step in steps and (unit, step) not in self._needed:
                     self._discard(unit, step)
+            self._expected = None
 
     def room_after(self, step: int, units: Iterable[str]) -> tuple[int, int]:
-        """Returns (dense, experts) bytes that are free once the snapshot of `step` is confirmed."""
+        """Returns (dense, experts) bytes that are free once the snapshot of `step`, of these units, is confirmed."""
         with self._lock:
+            older = self._older([*units, DENSE_UNIT, EXTRA_UNIT], step)
+            self._expected = (step, older)
             dense, experts = self._table.free_bytes("dense"), self._table.free_bytes("experts")
-            dense += sum(_room(slot) for slot in self._older(DENSE_UNIT, step))
-            experts += sum(_room(slot) for unit in units for slot in self._older(unit, step))
+            for slot in older:
+                if slot.unit == DENSE_UNIT:
+                    dense += page_rounded(slot.nbytes)
+                elif slot.unit != EXTRA_UNIT:
+                    experts += page_rounded(slot.nbytes)
             return dense, experts
 
     def free_all(self) -> None:
@@ -165,10 +184,11 @@ class LocalSlots:
             # What is still needed must not count as a version of the new state.
             self._bad |= {step for steps in self._versions.values() for step in steps}
             self._confirmed = self._committed = -1
+            self._expected = None
 
     def _discard(self, unit: str, step: int) -> None:
         slot = self._table.get(self._versions[unit].pop(step).slot.index)
-        if slot.state in (SlotState.FILLED, SlotState.COMMITTED):
+        if slot.state in _IDLE:
             self._table.free([slot])
         elif slot.state == SlotState.FILLING:
             self._table.abandon([slot])
@@ -177,20 +197,23 @@ class LocalSlots:
         unit, step = key
         return self._table.get(self._versions[unit][step].slot.index)
 
-    def _older(self, unit: str, confirmed: int) -> list[Slot]:
-        steps = self._versions.get(unit, {})
-        if len(steps) < 2:
-            return []
-        slots = [self._table.get(version.slot.index) for step, version in steps.items() if step not in self._bad]
+    def _is_needed(self, slot: Slot) -> bool:
+        return (slot.unit, slot.step) in self._needed
+
+    def _older(self, units: Iterable[str], confirmed: int) -> list[Slot]:
+        """Returns the slots of these units that are superseded, and needed by nobody, once a step is confirmed."""
+        get, bad = self._table.get, self._bad
+        slots = [
+            get(version.slot.index)
+            for unit in units
+            if len(steps := self._versions.get(unit, _NONE)) > 1
+            for step, version in steps.items()
+            if step not in bad
+        ]
         found = freeable(slots, confirmed=confirmed, committed=self._committed, keep_committed=self._keep_committed)
-        return [slot for slot in found if (unit, slot.step) not in self._needed]
+        return [slot for slot in found if not self._is_needed(slot)]
 
-    def _sweep(self, units: Iterable[str]) -> None:
-        for unit in units:
-            for slot in self._older(unit, self._confirmed):
-                self._table.free([slot])
-                del self._versions[unit][slot.step]
-
-
-def _room(slot: Slot) -> int:
-    return sum(nbytes for _, nbytes in slot.extents)
+    def _free(self, slots: Sequence[Slot]) -> None:
+        self._table.free(slots)
+        for slot in slots:
+            del self._versions[slot.unit][slot.step]

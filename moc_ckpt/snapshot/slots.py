@@ -161,7 +161,8 @@ class SlotTable:
     ) -> list[Slot] | None:
         """Takes slots for new versions of units, all or none. They are FILLING.
 
-        The units of one call lie one after the other where there is room for it.
+        The units of one call lie one after the other where there is room for it. A slot may have several extents,
+        but those of the `extra` pool have one.
 
         Args:
             pool: `dense`, `experts` or `extra`.
@@ -308,7 +309,8 @@ class SlotTable:
             return None
         need = [page_rounded(nbytes) for nbytes in sizes]
         space = self._space[pool]
-        places = space.plan(need, MAX_EXTENTS)
+        # The extra region costs only what is written there, so it can be large enough to keep each slot in one run.
+        places = space.plan(need, 1 if pool == "extra" else MAX_EXTENTS)
         if places is None:
             scattered = ", too scattered" if sum(need) <= space.free else ""
             self.refusal = f"{sum(need):,} bytes needed in the {pool} region, {space.free:,} free{scattered}"

@@ -39,9 +39,7 @@ REMOTE_SHARD_BYTES = 256 << 20
 METADATA_FILE = "zarr.json"
 _CRC_BYTES = 4
 _SMALL_PACK = 4 << 20
-_USUAL_BLOCKS = (8 << 20) // ALIGNMENT
-_COUNTS_TRIED = 64
-_LOSS = 0.00075
+_LEAST_BLOCKS = (8 << 20) // ALIGNMENT
 _EMPTY_ENTRY = 0xFFFF_FFFF_FFFF_FFFF
 _CRC_PLACEHOLDER = "00000000"
 
@@ -124,7 +122,7 @@ def plan_pack(nbytes: int, *, shard_bytes: int = SHARD_BYTES) -> PackLayout:
 
     Returns:
         The layout: one sub-chunk without padding below 4 MiB, else one of up to 16 MiB or several of 8 to 16 MiB, in
-        multiples of 4096 bytes. Less than 0.1 % is lost from 8 MiB on (0.2 % from 4 MiB).
+        multiples of 4096 bytes. Less than 0.1 % is padding from 8 MiB on (0.2 % from 4 MiB).
 
     Raises:
         ValueError: if nbytes is negative or the limit is not positive.
@@ -134,24 +132,14 @@ def plan_pack(nbytes: int, *, shard_bytes: int = SHARD_BYTES) -> PackLayout:
     if nbytes < _SMALL_PACK:
         return PackLayout(nbytes, max(nbytes, 1), 1)
     most = max(1, min(MAX_CHUNK, shard_bytes - 2 * ALIGNMENT) // ALIGNMENT)
-    count = _choose_count(-(-nbytes // ALIGNMENT), most)
-    chunk = -(-nbytes // (count * ALIGNMENT)) * ALIGNMENT
+    blocks = -(-nbytes // ALIGNMENT)
+    # Each costs a tail and at most one block of padding: of 2048 blocks or more that is less than 0.1 %.
+    count = max(blocks // _LEAST_BLOCKS, -(-blocks // most))
+    chunk = -(-blocks // count) * ALIGNMENT
     count = -(-nbytes // chunk)
     limit = max(1, (shard_bytes - _CRC_BYTES) // (chunk + ALIGNMENT + 16))
     shards = -(-count // limit)
     return PackLayout(nbytes, chunk, -(-count // shards), ALIGNMENT)
-
-
-def _choose_count(blocks: int, most: int) -> int:
-    """Returns into how many sub-chunks of at most `most` blocks to divide: many, if only little is lost."""
-    low = -(-blocks // most)
-    high = max(low, blocks // _USUAL_BLOCKS)
-    counts = range(high, max(low, high - _COUNTS_TRIED + 1) - 1, -1)
-
-    def loss(count: int) -> int:  # a tail for each, and the padding of the last one
-        return count + -blocks % count
-
-    return next((count for count in counts if loss(count) <= _LOSS * blocks), min(counts, key=loss))
 
 
 def encode_metadata(layout: PackLayout) -> bytes:

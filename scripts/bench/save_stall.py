@@ -3,7 +3,7 @@
 
     python scripts/bench/save_stall.py --ranks 2                         # every arm
     python scripts/bench/save_stall.py --ranks 2 --arms native dcp pec/1 pec/10+persist --raw-write
-    python scripts/bench/save_stall.py --quick --json                    # two minutes' worth in one, one JSON object
+    python scripts/bench/save_stall.py --quick --json                    # a small model, three arms, one JSON object
     python scripts/bench/save_stall.py --from report.json --plot docs/benchmarks/save_stall.svg
 
 Arms: `native` (DeepSpeed's save_checkpoint), `dcp` (torch DCP async_save with its asynchronous stager, every rank),
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--raw-write", action="store_true", help="also write the bytes of each persist plainly, O_DIRECT and fsync")
     add("--dir", type=Path, help="where checkpoints go (default: a temporary directory)")
     add("--json", action="store_true", help="print one JSON object, and everything else on stderr")
+    add("--markdown", action="store_true", help="print the table for a document")
     add("--out", type=Path, help="also write the report as JSON")
     add("--plot", type=Path, help="also draw it (needs matplotlib)")
     add("--from", dest="source", type=Path, help="show, or plot, a report of before; nothing is run")
@@ -115,6 +116,8 @@ def main() -> int:
         reports.plot(report, arguments.plot)
     if arguments.json:
         print(json.dumps({**quick_summary(report), "report": report} if arguments.quick else report))
+    elif arguments.markdown:
+        print(f"{reports.headline(report)}\n\n{reports.markdown(report)}")
     else:
         reports.table(report)
     return 0

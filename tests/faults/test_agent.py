@@ -356,21 +356,25 @@ def test_a_hung_agent_fails_requests_at_the_deadline_and_reads_no_more(folder: P
 def test_another_node_commits_when_the_first_agent_is_gone(save_dir: Path) -> None:
     """Rank 0's agent dies when all parts are there but nothing is committed; the other one finishes."""
     with job_folder("n0") as near, job_folder("n1") as far:
-        with running_agent(near, node="n0") as first, running_agent(far, node="n1", grace=1.0):
-            with connected(near, rank=0, world=2) as zero, connected(far, rank=1, world=2) as one:
-                zero.submit(make_request(near, save_dir, "a", save_id="r1-a", world=2))
-                store = open_store(save_dir)
-                wait_until(lambda: parts_status(store, "a", "r1-a").done == {0}, "rank 0's part")
-                first.send_signal(signal.SIGSTOP)
-                future = one.submit(make_request(far, save_dir, "a", save_id="r1-a", rank=1, world=2))
-                wait_until(lambda: parts_status(store, "a", "r1-a").done == {0, 1}, "all parts")
-                assert not is_committed(save_dir, "a")
-                first.kill()
-                assert outcome(future).committed
-                nodes = wait_until(
-                    lambda: [event.node for event in read_events(store) if event.event == "COMMITTED"], "the event"
-                )
-                assert nodes == ["n1"]
+        with (
+            running_agent(near, node="n0") as first,
+            running_agent(far, node="n1", grace=1.0),
+            connected(near, rank=0, world=2) as zero,
+            connected(far, rank=1, world=2) as one,
+        ):
+            zero.submit(make_request(near, save_dir, "a", save_id="r1-a", world=2))
+            store = open_store(save_dir)
+            wait_until(lambda: parts_status(store, "a", "r1-a").done == {0}, "rank 0's part")
+            first.send_signal(signal.SIGSTOP)
+            future = one.submit(make_request(far, save_dir, "a", save_id="r1-a", rank=1, world=2))
+            wait_until(lambda: parts_status(store, "a", "r1-a").done == {0, 1}, "all parts")
+            assert not is_committed(save_dir, "a")
+            first.kill()
+            assert outcome(future).committed
+            nodes = wait_until(
+                lambda: [event.node for event in read_events(store) if event.event == "COMMITTED"], "the event"
+            )
+            assert nodes == ["n1"]
         check_committed(save_dir, "a", world=2)
         noted = read_outcome(store, "a", "r1-a")
         assert noted is not None and noted.committed
@@ -378,34 +382,44 @@ def test_another_node_commits_when_the_first_agent_is_gone(save_dir: Path) -> No
 
 def test_absent_ranks_are_named_at_the_deadline_on_every_node(save_dir: Path) -> None:
     with job_folder("n0") as near, job_folder("n1") as far:
-        with running_agent(near, node="n0"), running_agent(far, node="n1"):
-            with connected(near, rank=0, world=4) as zero, connected(far, rank=2, world=4) as two:
-                begun = time.monotonic()
-                futures = [
-                    zero.submit(make_request(near, save_dir, "a", save_id="r1-a", world=4, commit_s=2.0)),
-                    two.submit(make_request(far, save_dir, "a", save_id="r1-a", rank=2, world=4, commit_s=2.0)),
-                ]
-                for future in futures:
-                    done = outcome(future)
-                    assert not done.committed
-                    assert "ranks 1, 3 of 4 had not written their parts" in done.what
-                assert time.monotonic() - begun > 1.9
+        with (
+            running_agent(near, node="n0"),
+            running_agent(far, node="n1"),
+            connected(near, rank=0, world=4) as zero,
+            connected(far, rank=2, world=4) as two,
+        ):
+            begun = time.monotonic()
+            futures = [
+                zero.submit(make_request(near, save_dir, "a", save_id="r1-a", world=4, commit_s=2.0)),
+                two.submit(make_request(far, save_dir, "a", save_id="r1-a", rank=2, world=4, commit_s=2.0)),
+            ]
+            for future in futures:
+                done = outcome(future)
+                assert not done.committed
+                assert "ranks 1, 3 of 4 had not written their parts" in done.what
+            assert time.monotonic() - begun > 1.9
         wait_until(lambda: [e for e in read_events(open_store(save_dir)) if e.event == "FAILED"], "the event")
 
 
 def test_one_ranks_failure_fails_the_save_at_once_everywhere(save_dir: Path) -> None:
-    with job_folder("n0") as near, job_folder("n1") as far:
-        with running_agent(near, node="n0"), running_agent(far, node="n1"):
-            with connected(near, rank=0, world=2) as zero, connected(far, rank=1, world=2) as one:
-                begun = time.monotonic()
-                first = zero.submit(make_request(near, save_dir, "a", save_id="r1-a", world=2, commit_s=600.0))
-                broken = make_request(far, save_dir, "a", save_id="r1-a", rank=1, world=2, commit_s=600.0)
-                os.truncate(broken.arena, 4096)
-                own, others = outcome(one.submit(broken)), outcome(first)
-                assert not own.committed and "the arena has 4,096 bytes" in own.what
-                assert not others.committed and "rank 1 could not write its part" in others.what
-                assert "the arena has 4,096 bytes" in others.what
-                assert time.monotonic() - begun < WAIT_S
+    with (
+        job_folder("n0") as near,
+        job_folder("n1") as far,
+        running_agent(near, node="n0"),
+        running_agent(far, node="n1"),
+        connected(near, rank=0, world=2) as zero,
+        connected(far, rank=1, world=2) as one,
+    ):
+        begun = time.monotonic()
+        first = zero.submit(make_request(near, save_dir, "a", save_id="r1-a", world=2, commit_s=600.0))
+        broken = make_request(far, save_dir, "a", save_id="r1-a", rank=1, world=2, commit_s=600.0)
+        os.truncate(broken.arena, 4096)
+        own, others = outcome(one.submit(broken)), outcome(first)
+        assert not own.committed and "the arena has 4,096 bytes" in own.what
+        assert not others.committed and "rank 1 could not write its part" in others.what
+        assert "the arena has 4,096 bytes" in others.what
+        assert time.monotonic() - begun < WAIT_S
+        wait_until(lambda: not list(save_dir.rglob("packs/*")), "what rank 0 wrote to go")
 
 
 # ---- trainers that die ----
@@ -525,6 +539,7 @@ def test_a_full_disk_fails_the_save_and_a_freed_one_takes_the_next(folder: Path,
         assert not done.committed and "No space left" in done.what and "free space" in done.fix
         assert time.monotonic() - begun < WAIT_S
         wait_until(lambda: [e for e in read_events(open_store(small_disk)) if e.event == "FAILED"], "the event")
+        assert list(small_disk.rglob("packs/*")) == [], "the next save gets the room"
         filler.unlink()
         assert outcome(client.submit(make_request(folder, small_disk, "b", step=2, nbytes=2 << 20))).committed
         check_committed(small_disk, "b", nbytes=2 << 20)

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_other_bytes_are_refused_and_nothing_else_happens(data: bytes) -> None:
         assert msgspec.msgpack.decode(data)["type"]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_well_formed_msgpack_of_another_shape_is_refused(value: Any) -> None:
     try:
@@ -168,8 +170,9 @@ def test_a_reader_that_is_slow_gets_everything_and_one_that_stopped_is_given_up(
         text = "x" * (1 << 20)
         count = 0
         with pytest.raises(p.MessageError, match="unread"):
-            for count in range(200):
+            while count < 200:
                 wire.send(p.Refused(text))
+                count += 1
         assert 60 < count < 80
         reader = p.Wire(far)
         seen = 0
@@ -376,7 +379,7 @@ def test_waiting_is_cheap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(store, "list", lambda prefix="": (lists.append(time_.now), listing(prefix))[1])
     follow(store, time_, leads=False, commit_s=300.0)
     assert len(reads) < 330 and len(lists) < 130
-    assert min(b - a for a, b in zip(reads, reads[1:-1], strict=False)) >= 0.05
+    assert min(b - a for a, b in pairwise(reads[:-1])) >= 0.05
 
 
 @pytest.mark.parametrize("repeat", range(5))
@@ -427,7 +430,7 @@ def test_what_flight_remembers_is_bounded() -> None:
     flight = Flight()
     for number in range(10_000):
         flight.finish(f"run-{number}")
-    assert not flight.contains("run-9999", ("run-",)) and len(flight._finished) <= 4096
+    assert not flight.contains("run-9999", ("run-",)) and len(flight._finished) <= 1024
 
 
 def test_retention_that_fails_is_no_failure_of_the_save(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,15 +546,17 @@ def test_a_request_that_comes_again_joins_the_first(desk: Desk) -> None:
 
 def test_a_part_that_is_in_storage_is_not_written_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.gate.set()
-    desk.await_outcome(desk.submit("a", world=2, commit_s=0.3))
+    desk.submit("a", world=2)
+    wait_until(lambda: desk.answers, "the part")
     fresh = Work(desk.folder, "node", grace_s=1.0, changed=lambda: None)
     try:
         monkeypatch.setattr(agent_work, "write_prepared", lambda *_, **__: 1 / 0)
         answers: list[Any] = []
-        request = make_request(desk.folder, desk.save_dir, "a", save_id="r1-a", world=2, commit_s=5.0)
+        request = make_request(desk.folder, desk.save_dir, "a", save_id="r1-a", world=2, commit_s=0.5)
         fresh.submit(("r1", 0), msgspec.structs.replace(request, again=True, seq=1), answers.append)
         wait_until(lambda: len(answers) == 2, "both answers")
         assert isinstance(answers[0], p.Persisted) and answers[0].nbytes == 0
+        assert "rank 1 of 2" in answers[1].what
     finally:
         fresh.close(1.0)
 

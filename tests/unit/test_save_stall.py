@@ -6,9 +6,11 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +27,7 @@ sys.path.insert(0, str(BENCH))
 
 import save_stall  # noqa: E402
 from _stall import process, report  # noqa: E402
+from _stall.agents import agents_of, end_job  # noqa: E402
 from _stall.arms import PEERS, Arm, ArmError, all_arms, blocks, parse_arm, plugin_section  # noqa: E402
 from _stall.hooks import AddedHooks, Clock  # noqa: E402
 from _stall.numbers import Block, arm_report, merge_ranks, quantile, summarise  # noqa: E402
@@ -301,10 +304,8 @@ def test_a_raw_write_where_o_direct_is_refused_or_the_directory_is_gone(tmp_path
 
 def test_processes_are_found_and_measured():
     mark = f"mark-{os.getpid()}"
-    code = (
-        f"import time; '{mark}'; x = bytearray(60 << 20); t = time.process_time\nwhile t() < 0.3: pass\ntime.sleep(60)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code])
+    code = "import time; x = bytearray(60 << 20); t = time.process_time\nwhile t() < 0.3: pass\ntime.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code, mark])
     try:
         deadline = time.monotonic() + 30
         while process.cpu_seconds(child.pid) < 0.25 and time.monotonic() < deadline:
@@ -312,7 +313,8 @@ def test_processes_are_found_and_measured():
         assert 0.25 <= process.cpu_seconds(child.pid) < 10
         assert (60 << 20) <= process.resident_bytes(child.pid) < (500 << 20)
         assert child.pid in process.descendants(os.getpid())
-        assert process.matching(mark, "process_time") == {child.pid}
+        assert process.matching(mark, "-c") == {child.pid}
+        assert process.matching(mark[:-1], "-c") == set(), "whole arguments only"
     finally:
         child.kill()
         child.wait()
@@ -327,6 +329,34 @@ def test_shared_bytes_count_what_files_really_take(tmp_path):
         file.truncate(1 << 30)
     assert 100_000 <= process.shared_bytes(tmp_path) < 200_000
     assert process.shared_bytes(tmp_path / "none") == 0
+
+
+def test_the_agent_of_a_job_ends_and_its_shared_memory_goes(tmp_path):
+    mine, other = tmp_path / "bench-1-pec-5", tmp_path / "bench-1-pec-50"
+    children = []
+    for folder in (mine, other):
+        folder.mkdir()
+        (folder / "arena").write_bytes(b"x")
+        children.append(
+            subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(60)", "moc_ckpt.persist.agent", f"{folder}"]
+            )
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while not (agents_of(mine) and agents_of(other)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        reaper = threading.Thread(target=children[0].wait)
+        reaper.start()
+        end_job(mine)
+        reaper.join(10)
+        assert children[0].returncode == -signal.SIGTERM
+        assert not mine.exists()
+        assert children[1].poll() is None and (other / "arena").exists()
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 # ------------------------------------------------------------------------------------------------ reports
@@ -403,7 +433,7 @@ def test_a_real_run_prints_one_object_and_leaves_nothing(tmp_path):
     command = [sys.executable, str(BENCH / "save_stall.py"), "--quick", "--json", "--hidden", "64", "--pairs", "1"]
     before = set(Path("/dev/shm").rglob("*"))
     result = subprocess.run(
-        [*command, "--dir", str(tmp_path), "--raw-write", "--arms", *arms],
+        [*command, "--dir", str(tmp_path), "--raw-write", "--arms", *arms, "dlrover"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
@@ -418,8 +448,10 @@ def test_a_real_run_prints_one_object_and_leaves_nothing(tmp_path):
     # Native: masters, two moments and the fp32 weights, with gates and the like; DCP: the same without weights.
     assert found["native_bytes"] == pytest.approx(16 * parameters, rel=0.1)
     assert found["report"]["arms"]["dcp"]["bytes"] == pytest.approx(12 * parameters, rel=0.1)
+    assert list(found["report"]["arms"]) == arms
+    assert "does not run" in found["report"]["not_run"]["dlrover"]
     for entry in found["report"]["arms"].values():
         assert entry["steps"] == 10
         assert entry["step_ms"] == pytest.approx(statistics.median([entry["step_ms"]]))
     assert list(tmp_path.iterdir()) == []
-    assert {path for path in set(Path("/dev/shm").rglob("*")) - before if "bench-" in str(path)} == set()
+    assert {path for path in set(Path("/dev/shm").rglob("*")) - before if "/bench-" in str(path)} == set()

@@ -22,7 +22,7 @@ from moc_ckpt.snapshot.versions import freeable
 from moc_ckpt.storage.checksum import crc32c
 
 FULL = os.environ.get("MOC_TEST_FULL") == "1"
-EXAMPLES, STEPS = (3000, 100) if FULL else (60, 60)
+EXAMPLES, STEPS = (1500, 100) if FULL else (60, 60)
 PAGE = 4096
 PAGES = st.sampled_from([0, 1, 2, 3, 5, 8, 13, 21])
 WHOLE = (SlotState.FILLED, SlotState.PERSISTING, SlotState.COMMITTED)

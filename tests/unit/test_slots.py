@@ -226,6 +226,22 @@ def test_scattered_room_is_used_up_to_the_limit_of_a_record() -> None:
     assert table.refusal.endswith("free, too scattered")
 
 
+def test_extra_slots_are_never_cut() -> None:
+    memory = Memory()
+    memory.spec = ArenaSpec(dense=0, experts=0, extra=4 * PAGE, slots=8, descriptors=PAGE)
+    memory.regions, memory.bytes = memory.spec.regions(), np.zeros(memory.spec.nbytes, dtype=np.uint8)
+    table = memory.attach()
+    slots = table.begin("extra", items(1, 1, 1, 1), attempt=1, step=1)
+    assert slots is not None
+    table.abandon(slots[::2])
+    assert table.free_bytes("extra") == 2 * PAGE and not table.fits("extra", [2 * PAGE])
+    assert table.begin("extra", items(2), attempt=1, step=2) is None
+    assert table.refusal == "8,192 bytes needed in the extra region, 8,192 free, too scattered"
+    table.abandon(slots[1:2])
+    (slot,) = table.begin("extra", items(2), attempt=1, step=2) or ()
+    assert len(slot.extents) == 1
+
+
 def test_full_shared_memory_is_lack_of_room_and_other_errors_are_errors() -> None:
     memory = Memory()
     table = memory.attach()
@@ -284,6 +300,22 @@ def test_equal_descriptors_are_stored_once_and_freed_with_the_last() -> None:
     assert third is not None and table.descriptor(third[0]) == other
     with pytest.raises(ValueError, match="cannot read the descriptor"):
         table.descriptor(first[0])
+
+
+def test_descriptors_of_an_earlier_process_stay_apart_from_new_ones() -> None:
+    memory = Memory()
+    before = memory.attach()
+    old = before.begin("experts", [("a", 1, b"\0"), ("b", 1, b"old")], attempt=1, step=1)
+    assert old is not None
+    table = memory.attach()
+    new = table.begin("experts", [("a", 1, b"\0"), ("b", 1, b"old")], attempt=1, step=2)
+    assert new is not None and not {slot.meta for slot in new} & {slot.meta for slot in old}
+    table.abandon(old)
+    more = table.begin("experts", [("a", 1, b"\0"), ("c", 1, b"other")], attempt=1, step=3)
+    assert more is not None and more[0].meta == new[0].meta
+    assert [table.descriptor(slot) for slot in [*new, *more]] == [b"\0", b"old", b"\0", b"other"]
+    table.abandon([*new, *more])
+    assert table._descriptors._space.holes() == [tuple(memory.regions["descriptors"])]
 
 
 def test_a_damaged_descriptor_is_found() -> None:

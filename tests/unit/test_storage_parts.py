@@ -247,6 +247,7 @@ def test_a_save_that_a_rank_gave_up_goes_unless_it_is_in_flight(store: Store) ->
     write_rank(store, "c", "run1-1", 0, step=30, attempt=1)
     write_failure(store, "c", "run1-1", 1, "the disk is full")
     write_failure(store, "d", "run1-2", 0, "the disk is full")
+    write_failure(store, "b", "run1-0", 0, "it wrote its part after all")
     asked = []
 
     def flying(save_id: str) -> bool:
@@ -351,6 +352,16 @@ def test_latest_of_a_rolled_back_timeline_is_taken_over(store: Store) -> None:
     assert latest_tag(store) == "c"
     save(store, "b", 16, attempt=fork)
     assert latest_tag(store) == "b" and load_manifest(store, "b").version == Version(fork, 16)
+
+
+def test_a_save_that_the_next_attempt_finishes_takes_latest_from_what_was_rolled_back(store: Store) -> None:
+    open_attempt(store)
+    for rank in range(2):
+        write_rank(store, "unfinished", "s", rank, step=10, attempt=1)
+    save(store, "rolled back", 20)
+    fork = open_attempt(store, parent=1, forked_at_step=10).attempt
+    commit(store, "unfinished", "s", attempt=fork)
+    assert latest_tag(store) == "unfinished"
 
 
 def test_an_info_without_state_is_an_empty_map() -> None:

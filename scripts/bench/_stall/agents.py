@@ -12,7 +12,7 @@ from pathlib import Path
 from _stall import process
 from _stall.arms import Arm
 
-__all__ = ["end_job", "job_folder"]
+__all__ = ["agents_of", "end_job", "job_folder"]
 
 
 def job_folder(arm: Arm) -> Path:
@@ -22,13 +22,22 @@ def job_folder(arm: Arm) -> Path:
     return base / f"moc_ckpt-{os.getuid()}" / f"{os.environ['MOC_BENCH_JOB']}-{name}"
 
 
+def agents_of(folder: Path) -> set[int]:
+    """Returns the agents of a job, of which there should be one at most.
+
+    Args:
+        folder: from `job_folder`; it is an argument of theirs.
+    """
+    return process.matching("moc_ckpt.persist.agent", str(folder))
+
+
 def end_job(folder: Path) -> None:
     """Ends the agent of a job of this benchmark, and removes what it has in shared memory.
 
     Args:
-        folder: from `job_folder`; agents are found by it, as it is on their command line.
+        folder: from `job_folder`.
     """
-    pids = process.matching("moc_ckpt.persist.agent", str(folder))
+    pids = agents_of(folder)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

@@ -50,16 +50,16 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def matching(*texts: str) -> set[int]:
-    """Returns the processes whose command line has all the texts."""
+def matching(*arguments: str) -> set[int]:
+    """Returns the other processes that have all of these among the arguments of their command line."""
     found = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
             try:
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                given = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if all(text in line for text in texts):
+            if all(argument.encode() in given for argument in arguments):
                 found.add(int(folder.name))
     return found
 

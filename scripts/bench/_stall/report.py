@@ -46,6 +46,7 @@ def headline(report: dict[str, Any]) -> str:
 
 
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("K", lambda one: str(one.get("k", ""))),
     ("calls ms", lambda one: f"{one['calls_ms']:.2f}"),
     ("p99", lambda one: f"{one['calls_p99_ms']:.2f}"),
     ("lost ms", lambda one: f"{one['lost_ms']:.1f}"),
@@ -101,6 +102,8 @@ def table(report: dict[str, Any]) -> None:
         "+ agents; of raw: persist bandwidth to a plain O_DIRECT write in the same run",
         soft_wrap=True,
     )
+    for name, reason in report.get("not_run", {}).items():
+        console.print(f"{name} was not run: {reason}", soft_wrap=True)
 
 
 def plot(report: dict[str, Any], target: Path) -> None:

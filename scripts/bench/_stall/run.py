@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from _stall import process
 from _stall.agents import job_folder
-from _stall.arms import Arm, blocks
+from _stall.arms import PEERS, Arm, ArmError, blocks
 from _stall.numbers import Block, merge_ranks, summarise
 from _stall.raw_write import raw_write
 from _stall.report import FIRST_STEPS, period
@@ -44,6 +44,7 @@ class Bench:
         self._seen: dict[int, float] = {}
         self._blocks: list[Block] = []
         self._facts: dict[str, dict[str, Any]] = {}
+        self._not_run: dict[str, str] = {}
 
     def run(self) -> dict[str, Any] | None:
         """Returns the report on rank 0, None elsewhere."""
@@ -70,6 +71,7 @@ class Bench:
             "seconds": round(time.perf_counter() - begin, 1),
             "arms": summarise(merged, [arm.name for arm in self._arms if arm.name in self._facts], self._facts),
             "labels": {arm.name: arm.label() for arm in self._arms},
+            "not_run": self._not_run,
         }
 
     def _affordable_pairs(self) -> int:
@@ -113,8 +115,14 @@ class Bench:
 
     def _run_arm(self, arm: Arm, with_arms: Sequence[bool]) -> None:
         arguments = self._arguments
-        runner = make_runner(arm, self._training, arguments, self._root)
-        runner.start()
+        try:
+            runner = make_runner(arm, self._training, arguments, self._root)
+            runner.start()
+        except (ArmError, ImportError) as error:
+            if arm.kind not in PEERS:
+                raise
+            self._not_run[arm.name] = str(error)
+            return
         self._align(arm)
         self._block(runner, True, FIRST_STEPS, first=True)
         for with_arm in with_arms:
@@ -140,7 +148,7 @@ class Bench:
         runner.inside()
         dist.barrier()
         training.synchronize()
-        self._others()
+        self._others(arm)
         cpu = time.process_time()
         times, inside = [], []
         begin = time.perf_counter()
@@ -158,7 +166,7 @@ class Bench:
             runner.drain()
         drain = time.perf_counter() - begin
         cpu = time.process_time() - cpu
-        cpu_others, rss_others = self._others()
+        cpu_others, rss_others = self._others(arm)
         calls = [sum(inside)] if runner.explicit else [sum(part) for part in _chunks(inside, arm.interval)]
         self._blocks.append(
             Block(
@@ -180,7 +188,7 @@ class Bench:
         if with_arm:
             runner.clean()
 
-    def _others(self) -> tuple[float, int]:
+    def _others(self, arm: Arm) -> tuple[float, int]:
         """Returns processor seconds of agents and helper processes since the last call, and their memory."""
         if not self._first_local:
             return 0.0, 0

@@ -57,9 +57,8 @@ class Training:
                 deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
             build = _build_gpt if self.model == "gpt" else _build_blocks
             self.engine, self._train = build(arguments)
-        world = dist.get_world_size()
         self.parameters = sum(
-            p.numel() * (1 if getattr(p, "allreduce", True) else world) for p in self.engine.module.parameters()
+            p.numel() * (1 if getattr(p, "allreduce", True) else arguments.ep) for p in self.engine.module.parameters()
         )
         self.step()
         self.state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
