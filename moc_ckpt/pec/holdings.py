@@ -20,6 +20,7 @@ __all__ = [
     "DirectoryVersions",
     "MemoryVersions",
     "Place",
+    "largest_choice",
     "largest_window",
     "persist_history",
     "plan_persist",
@@ -194,16 +195,17 @@ def largest_window(ownership: Ownership, k: Sequence[int], rank: int, *, method:
     mine[ownership.unit[own]] = ownership.nbytes[own]
     if method == "full" or tuple(k) == ownership.experts:
         return int(mine.sum())
-    layers = list(zip(ownership.offsets, ownership.offsets[1:], k, strict=False))
     if method == "load_aware":
         # Any K experts of a layer may be the busiest.
-        largest = sum(int(np.sort(mine[first:last])[::-1][:count].sum()) for first, last, count in layers)
+        largest = largest_choice(ownership, k, rank)
         if balance:
-            ranks = [_most(ownership, other, layers) for other in range(ownership.world)]
-            largest = max(largest, max(ranks) - int(ownership.dense[rank]))
+            loads = [
+                int(ownership.dense[other]) + largest_choice(ownership, k, other) for other in range(ownership.world)
+            ]
+            largest = max(largest, max(loads) - int(ownership.dense[rank]))
         return min(largest, int(mine.sum()))
     rotation, largest = Rotation(), 0
-    for _ in range(max(-(-(last - first) // count) for first, last, count in layers)):
+    for _ in range(max(-(-experts // count) for experts, count in zip(ownership.experts, k, strict=True))):
         picked, rotation = advance(rotation, ownership, k)
         units = [ownership.offsets[layer] + expert for layer, experts in enumerate(picked) for expert in experts]
         largest = max(largest, int(mine[units].sum()))
@@ -212,13 +214,19 @@ def largest_window(ownership: Ownership, k: Sequence[int], rank: int, *, method:
     return min(largest, int(mine.sum()))
 
 
-def _most(ownership: Ownership, rank: int, layers: Sequence[tuple[int, int, int]]) -> int:
+def largest_choice(ownership: Ownership, k: Sequence[int], rank: int) -> int:
+    """Returns the most bytes that any K experts of each layer take of one rank, as a persist may choose them.
+
+    Args:
+        ownership: bytes of every expert's slot on every rank.
+        k: K of each layer.
+        rank: the rank.
+    """
     own = ownership.rank == rank
-    bytes_of = np.zeros(ownership.offsets[-1], dtype=np.int64)
-    bytes_of[ownership.unit[own]] = ownership.nbytes[own]
-    return int(ownership.dense[rank]) + sum(
-        int(np.sort(bytes_of[first:last])[::-1][:count].sum()) for first, last, count in layers
-    )
+    mine = np.zeros(ownership.offsets[-1], dtype=np.int64)
+    mine[ownership.unit[own]] = ownership.nbytes[own]
+    layers = zip(ownership.offsets, ownership.offsets[1:], k, strict=False)
+    return sum(int(np.sort(mine[first:last])[::-1][:count].sum()) for first, last, count in layers)
 
 
 def plan_persist(

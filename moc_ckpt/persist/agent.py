@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import fcntl
+import gc
 import logging
 import logging.handlers
 import os
@@ -77,6 +78,8 @@ def _serve(folder: Path, options: argparse.Namespace) -> int:
         grace_s=options.grace,
     )
     on_signals(server)
+    gc.collect()
+    gc.freeze()  # what the modules made is not looked at again, so that full collections are cheap and come in time
     _log.info("serving job %s on %s, process %d", options.job, options.node, os.getpid())
     server.run()
     return 0

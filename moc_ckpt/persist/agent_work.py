@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from moc_ckpt.errors import MocError, StorageError
 from moc_ckpt.events import EventKind
 from moc_ckpt.persist.agent_events import EventWriter
+from moc_ckpt.persist.agent_jobs import Counts, Job, Save
 from moc_ckpt.persist.agent_read import (
     Arenas,
     GuardedSource,
@@ -27,7 +28,7 @@ from moc_ckpt.persist.writer import write_prepared
 from moc_ckpt.storage.checkpoint import write_failure
 from moc_ckpt.storage.store import Store, open_store
 
-__all__ = ["Counts", "Job", "Work"]
+__all__ = ["Work"]
 
 RANKS_AT_ONCE = 2
 """Ranks whose parts are written at the same time; more do not make one disk faster."""
@@ -44,60 +45,6 @@ class _Unwanted(MocError):
 
 class _Aborted(Exception):
     """Ends a write because the agent ends; the next agent does it again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What one rank's requests are doing; see `protocol.RankStatus`."""
-
-    queued: int = 0
-    writing: int = 0
-    committing: int = 0
-    done: int = 0
-    failed: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-    error: str = ""
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One rank's request.
-
-    Attributes:
-        who: (run, rank).
-        request: the request; None once it is finished.
-        save: the save that it belongs to.
-        reply: sends a message to the trainer that asked last, or drops it.
-        seq: the number that trainer gave the request.
-        arrived: monotonic seconds.
-        state: queued, writing, committing or finished.
-        persisted: what was answered when the part was durable.
-        error: why it cannot be written.
-        outcome: the final answer.
-        cancelled: set to end the write early.
-    """
-
-    who: tuple[str, int]
-    request: Persist | None
-    save: _Save
-    reply: Callable[[ToClient], None]
-    seq: int
-    arrived: float
-    state: str = "queued"
-    persisted: Persisted | None = None
-    error: MocError | None = None
-    outcome: Outcome | None = None
-    cancelled: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class _Save:
-    key: SaveKey
-    jobs: list[Job] = field(default_factory=list)
-    news: threading.Event = field(default_factory=threading.Event)
-    ending: Ending | None = None
-    watched: bool = False
 
 
 class Work:
@@ -123,7 +70,7 @@ class Work:
         self._queue: deque[Job] = deque()
         self._jobs: dict[tuple[str, str, str, int], Job] = {}
         self._finished: deque[tuple[str, str, str, int]] = deque()
-        self._saves: dict[tuple[str, str, str], _Save] = {}
+        self._saves: dict[tuple[str, str, str], Save] = {}
         self._writing: set[str] = set()
         self._arenas = Arenas()
         self._stores: dict[str, Store] = {}
@@ -169,7 +116,7 @@ class Work:
             if (busy := self._busy(who, request)) is not None:
                 reply(_failed(request.seq, busy))
                 return
-            save = self._saves.setdefault(name[:3], _Save(key))
+            save = self._saves.setdefault(name[:3], Save(key))
             job = Job(who, request, save, reply, request.seq, time.monotonic())
             save.jobs.append(job)
             self._jobs[name] = job
@@ -384,7 +331,7 @@ class Work:
 
     # ---- the end of a save ----
 
-    def _watch(self, save: _Save) -> None:
+    def _watch(self, save: Save) -> None:
         try:
             self._watch_to_end(save)
         except Exception:
@@ -396,7 +343,7 @@ class Work:
                 self._watchers -= 1
             self._changed()
 
-    def _watch_to_end(self, save: _Save) -> None:
+    def _watch_to_end(self, save: Save) -> None:
         with self._mutex:
             requests = [job.request for job in save.jobs if job.request is not None]
         first = requests[0]
@@ -427,7 +374,7 @@ class Work:
         self._answer(save, ending)
         self._aftermath(store, save, first, ending, time.monotonic() - begun, failure() is not None)
 
-    def _answer(self, save: _Save, ending: Ending) -> None:
+    def _answer(self, save: Save, ending: Ending) -> None:
         """Answers each rank as soon as its arena is not read any more."""
         save.ending = ending
         while True:
@@ -477,7 +424,7 @@ class Work:
         job.reply(job.outcome)
 
     def _aftermath(
-        self, store: Store, save: _Save, request: Persist, ending: Ending, seconds: float, failed_here: bool
+        self, store: Store, save: Save, request: Persist, ending: Ending, seconds: float, failed_here: bool
     ) -> None:
         key = save.key
         with self._mutex:
@@ -515,7 +462,8 @@ class Work:
         with self._mutex:
             store = self._stores.get(url)
         if store is None:
-            store = open_store(url)
+            # A store without URL syntax goes by its specification (`KvStore.url`).
+            store = open_store(json.loads(url) if url.startswith("{") else url)
             with self._mutex:
                 store = self._stores.setdefault(url, store)
         return store

@@ -226,6 +226,10 @@ def _commit(store: Store, save: SaveKey) -> Ending:
         manifest = commit(store, save.tag, save.save_id, attempt=save.attempt, timeout_s=_LOCK_S)
     except MocError as error:
         return _give_up(store, save, Ending.of(error))
+    except Exception as error:  # the others must hear of it all the same
+        _log.exception("committing %s failed", save.tag)
+        what = f"the commit failed: {type(error).__name__}: {error}"
+        return _give_up(store, save, Ending(False, what, store.locate(save.tag), "see the agent's log; report this"))
     stored = manifest.stored_bytes
     _note(store, save, OutcomeNote(committed=True, attempt=save.attempt, step=save.step, stored_bytes=stored))
     return Ending(True, stored_bytes=stored, decided_here=True)

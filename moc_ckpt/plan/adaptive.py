@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.pec.k_values import AUTO, K
+from moc_ckpt.plan._adaptive_text import why_k, why_persist, why_snapshot
 
 __all__ = [
     "MAX_INTERVAL",
@@ -103,13 +104,10 @@ class Measured:
         Args:
             values: that minimum; infinity where no rank had measured a value.
         """
-        names = [field.name for field in fields(cls)]
-        return cls(
-            **{
-                name: None if value == math.inf else abs(value) if name in _MAXIMA else value
-                for name, value in zip(names, values, strict=True)
-            }
-        )
+        given: dict[str, Any] = {}
+        for field, value in zip(fields(cls), values, strict=True):
+            given[field.name] = None if value == math.inf else abs(value) if field.name in _MAXIMA else value
+        return cls(**given)
 
 
 _MAXIMA = ("restart_s", "stall_s", "persist_cost_s")
@@ -428,9 +426,9 @@ def decide(
         inputs=measured,
         overhead=_overhead(measured, mtbf, chosen, written, save_s),
         reasons=(
-            _why_k(choice, settings, measured, margin),
-            _why_snapshot(chosen, settings, save_s, max_stall),
-            _why_persist(written, chosen, nbytes, settings, measured, margin),
+            why_k(choice, settings, measured, margin),
+            why_snapshot(chosen, settings, save_s, max_stall),
+            why_persist(written, chosen, nbytes, settings, measured, margin),
         ),
     )
 
@@ -501,73 +499,6 @@ def _overhead(measured: Measured, mtbf_s: float | None, snapshot: int, persist: 
         lost_memory_s=faults * in_memory * step / 2,
         lost_storage_s=faults * persist * step / 2,
     )
-
-
-def _why_k(choice: KChoice, settings: Settings, measured: Measured, margin: float) -> str:
-    copied = (
-        f"K {choice.k} of {settings.experts}{'' if settings.k_snapshot == AUTO else ' (configured)'}: the copy of "
-        f"{_bytes(choice.nbytes)} takes {_time(choice.copy_s)} at {_bytes(measured.copy_bytes_per_s)}/s, forward and "
-        f"backward {_time(measured.forward_backward_s)}"
-    )
-    if choice.exposed_s:
-        return f"{copied}: {_time(choice.exposed_s)} of each snapshot stall the training"
-    if not choice.hides:
-        return f"{copied}: it hides, but not with a margin of {margin:.0%}"
-    return f"{copied}: it hides (margin {margin:.0%})"
-
-
-def _why_snapshot(chosen: int, settings: Settings, save_s: float, max_stall: float) -> str:
-    if settings.snapshot_interval != AUTO:
-        return f"snapshots {_every(chosen)} (configured)"
-    if not save_s:
-        why = "they cost nothing"
-    elif settings.mtbf_s is None:
-        why = f"each costs {_time(save_s)}, at most {max_stall:.0%} of the training time"
-    else:
-        why = f"each costs {_time(save_s)}, a fault every {_time(settings.mtbf_s)}: least stalls plus lost work"
-    fixed = settings.persist_interval
-    if fixed != AUTO and fixed:
-        why += f"; a divisor of the persist interval {fixed}"
-    return f"snapshots {_every(chosen)}: {why}"
-
-
-def _why_persist(
-    written: int, snapshot: int, nbytes: int, settings: Settings, measured: Measured, margin: float
-) -> str:
-    if settings.persist_interval != AUTO:
-        return f"persists {_every(written)} (configured)"
-    bandwidth = measured.persist_bytes_per_s
-    if bandwidth is None:
-        return f"persists {_every(written)}: until one is measured"
-    seconds = nbytes / bandwidth
-    why = (
-        f"{_bytes(nbytes)} take {_time(seconds)} at {_bytes(bandwidth)}/s, "
-        f"{seconds / measured.step_s:.1f} steps (margin {margin:.0%})"
-    )
-    if measured.persist_cost_s and settings.mtbf_s is not None:
-        why += f", cost {_time(measured.persist_cost_s)} of training, a fault every {_time(settings.mtbf_s)}"
-    if snapshot > 1:
-        why += f"; a multiple of the snapshot interval {snapshot}"
-    return f"persists {_every(written)}: {why}"
-
-
-def _every(interval: int) -> str:
-    return "never" if not interval else "at every step" if interval == 1 else f"every {interval} steps"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
-    return f"{value:.0f} B"
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 7200:
-        return f"{seconds / 3600:.3g} h"
-    if seconds >= 1000:
-        return f"{seconds:.0f} s"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _divisors(number: int) -> list[int]:

@@ -134,7 +134,7 @@ class LocalSlots:
                 self._needed[key] -= 1
                 if not self._needed[key]:
                     del self._needed[key]
-                    if key[1] in self._bad:
+                    if key[1] in self._bad and key[1] in self._versions.get(key[0], _NONE):
                         self._discard(*key)
             if committed and keys:
                 self._committed = max(self._committed, *(step for _, step in keys))

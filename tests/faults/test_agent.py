@@ -696,12 +696,15 @@ def test_hundreds_of_saves_leave_no_trace_in_the_agent(folder: Path, save_dir: P
             request = make_request(folder, save_dir, f"s{number}", step=number + 1, nbytes=8192, retention=keep)
             assert outcome(client.submit(request)).committed
             if number in (99, 299):
-                wait_until(lambda: status(folder).ranks[0].committing == 0, "the work to end")
-                now = status(folder)
-                seen.append((now.rss, now.fds, len(list(Path(f"/proc/{now.pid}/task").iterdir()))))
+                looks = []
+                for _ in range(20):  # retention goes on for a moment, with files and threads of its own
+                    time.sleep(0.05)
+                    now = status(folder)
+                    looks.append((now.rss, now.fds, len(list(Path(f"/proc/{now.pid}/task").iterdir()))))
+                seen.append([min(values) for values in zip(*looks, strict=True)])
         (rss, fds, threads), (rss_after, fds_after, threads_after) = seen
-        print(f"300 saves: rss {rss / 2**20:.1f} -> {rss_after / 2**20:.1f} MiB, fds {fds} -> {fds_after}")
-        assert fds_after <= fds and threads_after <= threads + 1
+        print(f"200 saves: rss {rss / 2**20:.1f} -> {rss_after / 2**20:.1f} MiB, fds {fds} -> {fds_after}")
+        assert fds_after <= fds and threads_after <= threads
         assert rss_after - rss < 4 << 20
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import struct
 import threading
@@ -13,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from agent_tools import PATIENCE_S, hello, job_folder, make_request, wait_until
+from agent_tools import PATIENCE_S, arena_file, check_committed, hello, job_folder, make_request, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_samples import make_store, write_rank
@@ -22,9 +24,9 @@ from moc_ckpt.errors import MocError, StorageError
 from moc_ckpt.persist import agent_work, committer
 from moc_ckpt.persist import protocol as p
 from moc_ckpt.persist.agent_work import Work
-from moc_ckpt.persist.committer import Flight, SaveKey, await_commit, retain
+from moc_ckpt.persist.committer import Flight, SaveKey, await_commit, discard, retain
 from moc_ckpt.storage.attempts import open_attempt
-from moc_ckpt.storage.checkpoint import latest_tag, list_tags, load_manifest
+from moc_ckpt.storage.checkpoint import LOCK, latest_tag, list_tags, load_manifest
 from moc_ckpt.storage.commit import Outcome as Note
 from moc_ckpt.storage.commit import parts_status, read_outcome, write_failure, write_outcome
 from moc_ckpt.storage.store import Store, open_store
@@ -187,8 +189,6 @@ def test_a_reader_that_is_slow_gets_everything_and_one_that_stopped_is_given_up(
 
 
 def test_peer_is_this_process() -> None:
-    import os
-
     near, far = socket.socketpair()
     with near, far:
         assert p.peer(far) == (os.getpid(), os.getuid())
@@ -325,6 +325,14 @@ def test_parts_that_are_no_whole_checkpoint_fail_it(store: Store) -> None:
     assert not ending.committed and ending.what and ending.decided_here
 
 
+def test_a_bug_in_the_commit_is_told_to_the_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, 0, 1)
+    monkeypatch.setattr(committer, "commit", lambda *_, **__: 1 / 0)
+    ending = follow(store, FakeTime(), leads=True)
+    assert not ending.committed and "ZeroDivisionError" in ending.what
+    assert "ZeroDivisionError" in follow(store, FakeTime(), leads=False).what
+
+
 def test_storage_that_fails_for_a_while_is_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write(store, 0, 1)
     time_ = FakeTime()
@@ -338,7 +346,6 @@ def test_storage_that_fails_for_a_while_is_waited_for(store: Store, monkeypatch:
     monkeypatch.setattr(committer, "parts_status", flaky)
     assert follow(store, time_, leads=True).committed
     assert 7.0 <= time_.now < 8.1
-    monkeypatch.setattr(committer, "parts_status", lambda *_: flaky() if time_.now < 7 else 1 / 0)
 
 
 def test_storage_that_fails_for_good_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +416,29 @@ def test_bad_names_are_refused() -> None:
     for tag, save_id in (("a/b", "x"), ("latest", "x"), ("ok", "../x"), ("ok", "")):
         with pytest.raises(StorageError):
             SaveKey("url", tag, save_id, 1, 1, 1)
+
+
+def test_what_a_failed_save_wrote_is_removed_but_never_a_committed_one(store: Store) -> None:
+    other = SaveKey("url", "u", "run-2", 1, 4, 2)
+    write(store, 0, 1)
+    write(store, 0, 1, save=other)
+    assert follow(store, FakeTime(), leads=True, save=other).committed
+    before = store.list("u")
+    discard(store, other, [0, 1], leads=True)
+    assert store.list("u") == before
+    discard(store, KEY, [1], leads=False)
+    assert parts_status(store, "t", KEY.save_id).done == {0}
+    assert {key.split("/")[3].split(".")[0] for key in store.list("t") if "/packs/" in key} == {"rank_00000"}
+    discard(store, KEY, [0], leads=True)
+    assert not [key for key in store.list("t") if "/packs/" in key or "/extra/" in key or "/parts/" in key]
+
+
+def test_discarding_waits_for_a_commit_and_never_raises(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, 0)
+    monkeypatch.setattr(committer, "_LOCK_S", 0.2)
+    with store.lock(LOCK, 5.0):
+        discard(store, KEY, [0], leads=True)
+    assert parts_status(store, "t", KEY.save_id).done == {0}
 
 
 # ---- retention ----
@@ -601,8 +631,6 @@ def test_an_unexpected_error_is_an_outcome_and_the_agent_goes_on(desk: Desk, mon
 
 
 def test_an_arena_made_anew_under_the_same_name_is_read_anew(desk: Desk) -> None:
-    from agent_tools import arena_file, check_committed
-
     desk.gate.set()
     assert desk.await_outcome(desk.submit("a")).committed
     arena_file(desk.folder, "r1", 0).unlink()
@@ -622,6 +650,20 @@ def test_work_that_was_dropped_at_the_end_is_not_answered(desk: Desk) -> None:
     assert desk.await_outcome(first).committed and not desk.outcomes(second)
     late = desk.submit("c", step=3)
     assert "ending" in desk.await_outcome(late).what
+
+
+def test_a_store_without_a_url_is_named_by_its_specification(desk: Desk) -> None:
+    desk.gate.set()
+    place = {"driver": "file", "path": f"{desk.save_dir.parent}/by_spec/"}
+    store = open_store(place)
+    open_attempt(store)
+    request = make_request(desk.folder, json.dumps(place), "a", save_id="r1-a")
+    desk.work.submit(
+        ("r1", 0), msgspec.structs.replace(request, seq=5), lambda message: desk.answers.append((0, message))
+    )
+    done = desk.await_outcome(5)
+    assert done.committed, done.what
+    check_committed(store, "a")
 
 
 def test_events_never_raise(desk: Desk, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.integrations.deepspeed.pec import PartialExperts
-from moc_ckpt.pec.holdings import largest_window
+from moc_ckpt.pec.holdings import largest_choice, largest_window
 from moc_ckpt.pec.k_values import AUTO, K
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.persist.client import AgentClient
@@ -139,12 +139,12 @@ class Host:
         config = self._config
         # Only where snapshots go on beside a persist does the persist need room of its own.
         beside = config.snapshot_interval != 0
-        persist = k if config.k_persist == AUTO else config.k_persist
+        pins = largest_choice(self.ownership, self._pec.persist_k(k), self._rank) if beside else 0
         return arena_need(
             self._expert_bytes,
             self.window_bytes(k),
             self.dense_bytes,
-            pins_bytes=self.window_bytes(persist) if beside else 0,
+            pins_bytes=pins,
             pinned_dense=int(beside),
             keep_committed=config.host.keep_committed,
         )
