@@ -67,6 +67,8 @@ class MessageError(ValueError):
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """A trainer introduces itself; the first message of its connection.
 
+    Run and rank together name it: a second connection of the same name takes the place of the first.
+
     Attributes:
         protocol: `PROTOCOL` of the sender.
         version: version of the package.

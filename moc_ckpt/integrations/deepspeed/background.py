@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moc_ckpt.errors import ConfigError, RendezvousTimeoutError, StorageError
-from moc_ckpt.integrations.deepspeed.capture import Captured, LiveState
+from moc_ckpt.integrations.deepspeed.capture import Captured
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.host import Host
 from moc_ckpt.integrations.deepspeed.in_flight import SaveInFlight, encode_files, persist_request
+from moc_ckpt.integrations.deepspeed.live_state import LiveState
 from moc_ckpt.integrations.deepspeed.pipeline_report import PipelineReport
 from moc_ckpt.integrations.deepspeed.rng import digest_rng
 from moc_ckpt.integrations.deepspeed.rounds import Status, Tally, digest

@@ -15,17 +15,15 @@ import torch
 from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
 from moc_ckpt.integrations.deepspeed.rng import capture_rng
 from moc_ckpt.integrations.deepspeed.view import EngineView
-from moc_ckpt.plan.sharding import Share
-from moc_ckpt.snapshot.records import page_rounded
-from moc_ckpt.snapshot.sources import Sources, UnitSource, build_sources
+from moc_ckpt.snapshot.sources import UnitSource
 from moc_ckpt.snapshot.stager import Piece
 from moc_ckpt.state.catalog import Catalog, Entry
-from moc_ckpt.state.fragment import WEIGHT, TensorKey
+from moc_ckpt.state.fragment import WEIGHT
 from moc_ckpt.state.plain import encode_plain
 from moc_ckpt.state.scalars import CapturedScalars, ScalarReader
 from moc_ckpt.state.unit import EXPERTS_MARK
 
-__all__ = ["Captured", "LiveState", "StateReader"]
+__all__ = ["Captured", "StateReader"]
 
 
 @dataclass(slots=True)
@@ -146,54 +144,3 @@ class StateReader:
             for fqn, tensor in captured.buffers.items()
             if fqn in self._names and sources[fqn] != rank and not (same and fqn in shared)
         }
-
-
-@dataclass(frozen=True, slots=True)
-class LiveState:
-    """Where everything lies that this rank copies; of no use once tensors were replaced.
-
-    Attributes:
-        catalog: the rank's catalog.
-        reader: reads what is not in slots.
-        sources: what goes into slots.
-        first_holders: for each persistent buffer the rank whose value counts, as in DeepSpeed.
-        parameters: number of parameters of which this rank is the first replica.
-        addresses: where the tensors were.
-    """
-
-    catalog: Catalog
-    reader: StateReader
-    sources: Sources
-    first_holders: Mapping[str, int]
-    parameters: int
-    addresses: tuple[int, ...]
-
-    @classmethod
-    def find(
-        cls, view: EngineView, catalog: Catalog, shares: Mapping[TensorKey, tuple[Share, ...]], parameters: int
-    ) -> LiveState:
-        """Finds everything. Not collective.
-
-        Args:
-            view: the engine.
-            catalog: its catalog.
-            shares: who writes what of the tensors that several ranks hold.
-            parameters: number of parameters of which this rank is the first replica.
-        """
-        reader = StateReader(view, catalog)
-        return cls(
-            catalog=catalog,
-            reader=reader,
-            sources=build_sources(catalog, shares, is_volatile=reader.is_volatile),
-            first_holders={item.fqn: item.replicas[0] for item in catalog.buffers()},
-            parameters=parameters,
-            addresses=reader.addresses(),
-        )
-
-    def slot_rows(self) -> tuple[int, list[tuple[int, int, int, int]]]:
-        """Returns the bytes of the dense slot, and (layer, expert, rank, bytes) of every expert's slot, in pages."""
-        dense = self.sources.dense.nbytes if self.sources.dense is not None else 0
-        rows = [
-            (*place, self.catalog.rank, page_rounded(source.nbytes)) for place, source in self.sources.experts.items()
-        ]
-        return page_rounded(dense), rows

@@ -16,19 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from moc_ckpt.errors import MocError, RankError, RendezvousTimeoutError, StorageError
 from moc_ckpt.integrations.deepspeed.background import Background, Round
-from moc_ckpt.integrations.deepspeed.capture import LiveState
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.host import Host
 from moc_ckpt.integrations.deepspeed.in_flight import Directory, SaveInFlight
+from moc_ckpt.integrations.deepspeed.live_state import StateFinder
 from moc_ckpt.integrations.deepspeed.pipeline_report import PipelineReport
 from moc_ckpt.integrations.deepspeed.rounds import MAX_IN_FLIGHT, Tally
-from moc_ckpt.integrations.deepspeed.save import SaveRequest, declared_parameters
+from moc_ckpt.integrations.deepspeed.save import SaveRequest
 from moc_ckpt.integrations.deepspeed.tuning import Tuner
-from moc_ckpt.integrations.deepspeed.view import replicated_items
 from moc_ckpt.pec.holdings import DirectoryVersions, MemoryVersions, plan_persist, plan_snapshot
-from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.selector import SaveHistory, Selection
-from moc_ckpt.plan.sharding import Replicated, plan_shares
 from moc_ckpt.snapshot.local_slots import DENSE_UNIT, LocalSlots
 from moc_ckpt.state.unit import expert_unit
 from moc_ckpt.storage.checkpoint import check_tag
@@ -62,10 +59,9 @@ class Pipeline:
         self._config = moc.config
         self._rank, self._world = moc.comm.rank, moc.comm.world
         self._memory = MemoryVersions([layer.num_experts for layer in moc.view.names.layers])
-        self._replicated: list[Replicated] | None = None
-        self._stored: frozenset[str] = frozenset()
-        self._live = self._find_state()
-        self.host = Host(moc, self._slot_ownership())
+        self._finder = StateFinder(moc)
+        self._live = self._finder.find()
+        self.host = Host(moc, self._finder.slot_ownership(self._live))
         self.tuner = Tuner(moc.config, moc.pec, self.host, self._rank)
         self._slots = LocalSlots(self.host.arena, keep_committed=self.host.keep_committed)
         self._report = PipelineReport(moc, self.host)
@@ -226,40 +222,16 @@ class Pipeline:
             logger.warning("%s", error)
         self.host.close()
 
-    # ------------------------------------------------------------------------------------------ where state lies
-
-    def _find_state(self) -> LiveState:
-        """Finds where everything lies; collective the first time and after the set of stored weights has changed."""
-        moc = self._moc
-        stored = moc.stored_weights()
-        catalog = moc.view.catalog(self._rank, stored)
-        if self._replicated is None or stored != self._stored:
-            found = moc.comm.exchange("reading replicated state", lambda: replicated_items(catalog, skip_frozen=False))
-            if self._replicated is not None:
-                # Experts consist of other tensors now: versions from before must not meet new ones.
-                self._memory.forget()
-            self._replicated = [item for reply in found for item in reply]
-            self._stored = stored
-        everyone = [(layer, expert) for layer, count in enumerate(self._memory.experts) for expert in range(count)]
-        shares = plan_shares(self._replicated, moc.pec.sole_loads(everyone), mode=self._config.sharding)
-        live = LiveState.find(moc.view, catalog, shares, declared_parameters(catalog))
-        # State that is not plain data is refused here, and not at some snapshot.
-        live.reader.optimizer_blob(live.reader.capture())
-        return live
-
-    def _slot_ownership(self) -> Ownership:
-        """Returns the bytes of all ranks' slots; collective."""
-        rows = self._moc.comm.exchange("reading the sizes of slots", self._live.slot_rows)
-        return Ownership.from_rows(
-            self._memory.experts, self._world, (row for _, own in rows for row in own), [dense for dense, _ in rows]
-        )
+    # ------------------------------------------------------------------------------------------ deciding
 
     def _refresh(self, *, may_meet: bool) -> None:
         """Looks whether tensors were replaced, or (where ranks may meet) need not be stored any more."""
-        if self._live.reader.addresses() != self._live.addresses or (may_meet and self._moc.weights_may_be_derived):
-            self._live = self._find_state()
-
-    # ------------------------------------------------------------------------------------------ deciding
+        if self._finder.is_stale(self._live, may_meet=may_meet):
+            stored = self._finder.stored
+            self._live = self._finder.find()
+            if stored != self._finder.stored:
+                # Experts consist of other tensors now: versions from before must not meet new ones.
+                self._memory.forget()
 
     def _automatic(self, step: int, *, persist: bool) -> None:
         call, waits = ("step", step), self._config.host.on_busy == "wait"
@@ -299,7 +271,7 @@ class Pipeline:
     def _open(self, save_dir: str) -> Directory:
         """Returns a directory that is ready for saves; collective the first time."""
         if save_dir not in self._directories:
-            opened = self._moc.open_directory(save_dir)
+            opened = self._moc.directories.open_directory(save_dir)
             history = self._moc.pec.history(opened.store.url) or SaveHistory.start(self._memory.experts)
             versions = DirectoryVersions(history, dict(opened.stored))
             self._directories[save_dir] = Directory(opened.store, opened.attempt, opened.run_prefix, versions)

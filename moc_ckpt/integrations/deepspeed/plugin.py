@@ -6,38 +6,32 @@ import atexit
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
-from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, StorageError
+from moc_ckpt.errors import CheckpointNotFoundError, ConfigError
+from moc_ckpt.integrations.deepspeed.directories import Directories
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, load
 from moc_ckpt.integrations.deepspeed.pec import OwnedBytes, PartialExperts, owned_bytes
 from moc_ckpt.integrations.deepspeed.pipeline import Pipeline
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
-from moc_ckpt.integrations.deepspeed.report import Reporter, shorten
+from moc_ckpt.integrations.deepspeed.report import Reporter
 from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, save
 from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.pec.ledger import Ledger
-from moc_ckpt.pec.selector import Selection
-from moc_ckpt.persist.heartbeat import DirectoryLock, LockIdentity
-from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
-from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
-from moc_ckpt.storage.base import Base, UnitTensors, open_base, unit_tensors
-from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints, load_manifest, new_save_id, save_prefix
-from moc_ckpt.storage.commit import commit
-from moc_ckpt.storage.manifest import Manifest, decode_manifest, encode_manifest
-from moc_ckpt.storage.retention import apply_retention
-from moc_ckpt.storage.store import Store, open_store
+from moc_ckpt.storage.base import unit_tensors
+from moc_ckpt.storage.checkpoint import latest_tag, load_manifest
+from moc_ckpt.storage.manifest import decode_manifest, encode_manifest
+from moc_ckpt.storage.store import open_store
 
-__all__ = ["MocCheckpoint", "OpenedSave"]
+__all__ = ["MocCheckpoint"]
 
 logger = logging.getLogger("moc_ckpt")
 
@@ -52,38 +46,6 @@ def _close_all() -> None:
             moc.close()
         except Exception:
             logger.exception("at the end of the process")
-
-
-class OpenedSave(NamedTuple):
-    """A directory that is ready for a save.
-
-    Attributes:
-        store: the directory.
-        attempt: this run's attempt in it.
-        save_id: a new one that all ranks share.
-        selection: the experts to save.
-    """
-
-    store: Store
-    attempt: int
-    save_id: str
-    selection: Selection
-
-
-class OpenedDirectory(NamedTuple):
-    """A directory that is ready for saves that no rank waits for.
-
-    Attributes:
-        store: the directory.
-        attempt: this run's attempt in it.
-        run_prefix: what the save ids of this run begin with, from now on.
-        stored: (layer, expert) -> step of the version that it has.
-    """
-
-    store: Store
-    attempt: int
-    run_prefix: str
-    stored: Mapping[tuple[int, int], int]
 
 
 class MocCheckpoint:
@@ -101,6 +63,8 @@ class MocCheckpoint:
         config: the configuration.
         comm: all ranks.
         view: the engine's state.
+        directories: where it saves to.
+        pipeline: snapshots and saves that no rank waits for; None where every save blocks.
         underived: names of parameters whose weights are not their master's cast; equal on all ranks.
         version: this package's version.
 
@@ -116,20 +80,13 @@ class MocCheckpoint:
         self.view: EngineView = self.comm.agree("reading the engine", self._build_view, wait="rendezvous")
         self.underived: frozenset[str] = frozenset()
         self._underived_step = -1
-        self._attempts: dict[str, Attempt] = {}
-        self._restored: dict[str, tuple[int, int]] = {}
         self.pec: PartialExperts = self.comm.agree("hooking the gates", self._build_pec, wait="rendezvous")
         self.report = Reporter(engine, self.pec, self.comm.rank)
-        # On rank 0: what every expert consists of, the checkpoint of each directory that the state comes from (its last
-        # commit or restore), and what the next one builds on.
-        self._required: dict[str, UnitTensors] = {}
-        self._committed: dict[str, Manifest] = {}
-        self._base: tuple[Manifest, ...] = ()
+        self.directories = Directories(self)
         self._check_coverage()
-        self._locks: dict[str, DirectoryLock] = {}
         self.pipeline: Pipeline | None = None
         if config.asynchronous:
-            self._check_save_dir()
+            self.directories.check_save_dir()
             self.pipeline = Pipeline(self)
             self._before_update = self.view.optimizer.register_step_pre_hook(self._update_begins)
             _engines.add(self)
@@ -169,9 +126,7 @@ class MocCheckpoint:
             pipeline, self.pipeline = self.pipeline, None
             self._before_update.remove()
             pipeline.close(self.config.timeouts.exit_s)
-        for lock in self._locks.values():
-            lock.release()
-        self._locks.clear()
+        self.directories.close()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until every save that this rank knows of is committed. Not collective, but useful on all ranks.
@@ -243,8 +198,7 @@ class MocCheckpoint:
                 return True
             pipeline.quiesce()
             pipeline.forget_directory(request.save_dir)
-            # What the agents committed meanwhile is read from the directory.
-            self._committed.clear()
+            self.directories.look_again()
         result = save(self, request)
         self.report.committed(result, time.perf_counter() - begin)
         return True
@@ -293,11 +247,7 @@ class MocCheckpoint:
         self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
         self.engine.loaded_checkpoint_mp_world_size = 1
         if request.continues:
-            # Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
-            self._restored[store.url] = (manifest.attempt, manifest.step)
-            # The next save builds on this very checkpoint: another may have later versions than the state has now.
-            if self.comm.rank == 0:
-                self._committed[store.url] = manifest
+            self.directories.restored(store.url, manifest)
             self.pec.restored(store.url, experts)
         seconds = time.perf_counter() - begin
         self.report.recovered(store, manifest, self.comm.world, seconds, goes_on=request.continues)
@@ -305,9 +255,7 @@ class MocCheckpoint:
 
     def forget(self) -> None:
         """Forgets where the live state is from: it is about to be overwritten. Not collective; done on all ranks."""
-        self._attempts.clear()
-        self._restored.clear()
-        self._committed.clear()
+        self.directories.forget()
         self.underived = frozenset()
         self._underived_step = -1
         self.pec.forget()
@@ -347,136 +295,6 @@ class MocCheckpoint:
             self.underived = frozenset().union(*found)
             self._underived_step = self.engine.global_steps
         return self._stored(self.underived)
-
-    def open_for_save(self, save_dir: str, *, full: bool) -> OpenedSave:
-        """Prepares a directory for a save; collective.
-
-        Args:
-            save_dir: path or URL.
-            full: the save takes every expert.
-        """
-
-        def first() -> tuple[Attempt, str, Selection]:
-            store = open_store(save_dir, create=True)
-            store.check_writable()
-            attempt = self._attempts.get(store.url) or self._open_attempt(store)
-            # Known before the others look: a retry after their failure must not open yet another one.
-            self._attempts[store.url] = attempt
-            forced = frozenset() if full or not self.pec.partial else self._find_base(store, attempt.attempt)
-            # All ranks would find the same; selected once, it is the same whatever happened to one of them.
-            return attempt, new_save_id(), self.pec.select(store.url, forced, full=full)
-
-        self._base = ()
-        attempt, save_id, selection = self.comm.from_first("opening the save directory", first, wait="commit")
-        store = self._meet_in(save_dir, attempt)
-        self._attempts[store.url] = attempt
-        return OpenedSave(store, attempt.attempt, save_id, selection)
-
-    def open_directory(self, save_dir: str) -> OpenedDirectory:
-        """Prepares a directory for saves that no rank waits for; collective.
-
-        Raises:
-            MocError: on all ranks, if it cannot be written, or another live run writes into it.
-        """
-
-        def first() -> tuple[Attempt, str, dict[tuple[int, int], int]]:
-            store = open_store(save_dir, create=True)
-            store.check_writable()
-            self._lock(store)
-            attempt = self._attempts.get(store.url) or self._open_attempt(store)
-            self._attempts[store.url] = attempt
-            self._committed.clear()
-            base = self._open_base(store, attempt.attempt)
-            return attempt, f"{new_save_id()[:16]}-", dict(base.stored)
-
-        attempt, prefix, stored = self.comm.from_first("opening the save directory", first, wait="commit")
-        store = self._meet_in(save_dir, attempt)
-        self._attempts[store.url] = attempt
-        return OpenedDirectory(store, attempt.attempt, prefix, stored)
-
-    def _lock(self, store: Store) -> None:
-        """Keeps other runs out of a directory while this process lives; rank 0 only."""
-        if store.url not in self._locks and self.pipeline is not None:
-            host = self.pipeline.host
-            identity = LockIdentity(run=host.run, host=socket.gethostname(), pid=os.getpid(), job=host.job)
-            lock = DirectoryLock(store, identity)
-            lock.acquire(self.config.timeouts.rendezvous_s)
-            self._locks[store.url] = lock
-
-    def _meet_in(self, save_dir: str, attempt: Attempt) -> Store:
-        """Opens a directory on all ranks, and checks that all see the same one; collective."""
-
-        def see() -> Store:
-            store = open_store(save_dir)
-            if not has_attempt(store, attempt.attempt, attempt.id):
-                raise StorageError(
-                    "this rank does not see what rank 0 wrote into the save directory",
-                    where=f"{save_dir} on host {socket.gethostname()}",
-                    fix="save into a directory that all nodes share, and check that it is mounted on this one",
-                )
-            return store
-
-        return self.comm.agree("looking into the save directory", see, wait="rendezvous")
-
-    def _check_save_dir(self) -> None:
-        """Refuses a save_dir that cannot be written, before training begins; collective."""
-        save_dir = self.config.save_dir
-        if save_dir is not None:
-            url = save_dir
-            self.comm.from_first("checking save_dir", lambda: open_store(url, create=True).check_writable())
-
-    def _find_base(self, store: Store, attempt: int) -> frozenset[tuple[int, int]]:
-        """Finds the older checkpoints that a partial save refers to; rank 0 only. Returns the experts it must take."""
-        base = self._open_base(store, attempt)
-        self._base = base.manifests
-        return base.forced
-
-    def _open_base(self, store: Store, attempt: int) -> Base:
-        """Looks what a directory has of every expert; rank 0 only."""
-        known = self._committed.get(store.url)
-        base = open_base(
-            store,
-            attempt=attempt,
-            step=self.engine.global_steps,
-            layers=self.view.names.layers,
-            required=self._required,
-            known=[known] if known is not None else [],
-        )
-        for reason, names in base.forgone.items():
-            logger.warning("%d experts are saved anew because %s: %s", len(names), reason, shorten(names))
-        return base
-
-    def _open_attempt(self, store: Store) -> Attempt:
-        """Opens this run's attempt in a directory; rank 0 only."""
-        parent, step = self._restored.get(store.url, (None, None))
-        if parent is not None and not has_attempt(store, parent):
-            logger.warning(
-                "%s has checkpoints of attempt %d without its record (copied?): a new line of attempts begins",
-                store.url,
-                parent,
-            )
-            parent = step = None
-        copied = max((summary.attempt for summary in list_checkpoints(store)), default=0)
-        info = {"world": self.comm.world, "version": self.version}
-        return open_attempt(store, parent=parent, forked_at_step=step, info=info, after=copied)
-
-    def commit(self, store: Store, ident: SaveId) -> int:
-        """Publishes the manifest from rank 0, then drops what retention no longer keeps; collective.
-
-        Returns:
-            Bytes in storage of the packs that this save wrote.
-        """
-
-        def first() -> int:
-            manifest = commit(store, ident.tag, ident.save_id, attempt=ident.version.attempt, base=self._base)
-            self._base = ()
-            self._committed[store.url] = manifest
-            self._retain(store, manifest)
-            own = save_prefix(ident.tag, ident.save_id)
-            return sum(pack.stored_bytes for pack in manifest.packs if pack.path.startswith(own + "/"))
-
-        # Not the manifest: it is large in a large world, and nobody else needs it.
-        return self.comm.from_first("committing the checkpoint", first, wait="commit")
 
     def synchronize(self) -> None:
         """Waits for the device, so that live tensors hold the state of this step."""
@@ -518,7 +336,7 @@ class MocCheckpoint:
             derived = {TensorKey(key.fqn, WEIGHT) for key in declared if key.kind == MASTER}
             optional = derived if self.config.save_weights == "derive" else set()
             needed = {key: value for key, value in declared.items() if key not in optional}
-            self._required = dict(unit_tensors(needed, self.view.names.layers))
+            self.directories.required = dict(unit_tensors(needed, self.view.names.layers))
             parameters = {key.fqn for key in declared}
             logger.info("catalog: %d tensors over %d ranks, covered exactly once", len(parameters), self.comm.world)
 
@@ -547,17 +365,3 @@ class MocCheckpoint:
                 )
             return None
         return encode_manifest(load_manifest(store, chosen))
-
-    def _retain(self, store: Store, manifest: Manifest) -> None:
-        storage = self.config.storage
-        try:
-            report = apply_retention(
-                store, keep_last=storage.keep_last, keep_every=storage.keep_every, attempt=manifest.attempt
-            )
-            if report.blocked:
-                logger.warning("retention removes nothing: %s", report.blocked)
-            if report.dropped:
-                logger.info("removed %s (storage.keep_last is %d)", ", ".join(report.dropped), storage.keep_last)
-        except Exception as error:
-            # The checkpoint is committed; files that could not be removed are tried again after the next one.
-            logger.warning("retention failed: %s", error)

@@ -127,7 +127,7 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
 
     # After an exchange, so all ranks are here.
     moc.pec.reduce()
-    opened = moc.open_for_save(request.save_dir, full=request.full)
+    opened = moc.directories.open_for_save(request.save_dir, full=request.full)
     store, selection = opened.store, opened.selection
     ledger = moc.pec.begin_save(selection)
     units = UnitMap(catalog.layers)
@@ -179,7 +179,7 @@ def save(moc: MocCheckpoint, request: SaveRequest) -> SaveResult:
 
     try:
         comm.agree("writing the checkpoint", write)
-        nbytes = moc.commit(store, ident)
+        nbytes = moc.directories.commit(store, ident)
     except Exception as error:
         moc.report.failed(store, request.tag, error)
         raise
