@@ -75,7 +75,7 @@ class Ending:
         what: what went wrong, empty if nothing did.
         where: where.
         fix: what to do about it.
-        stored_bytes: bytes of the checkpoint's objects.
+        stored_bytes: bytes that the save added to the storage.
         decided_here: this process committed it, or gave it up; it is the one to log that and to apply retention.
     """
 
@@ -230,7 +230,7 @@ def _commit(store: Store, save: SaveKey) -> Ending:
         _log.exception("committing %s failed", save.tag)
         what = f"the commit failed: {type(error).__name__}: {error}"
         return _give_up(store, save, Ending(False, what, store.locate(save.tag), "see the agent's log; report this"))
-    stored = manifest.stored_bytes
+    stored = manifest.added_bytes
     _note(store, save, OutcomeNote(committed=True, attempt=save.attempt, step=save.step, stored_bytes=stored))
     return Ending(True, stored_bytes=stored, decided_here=True)
 

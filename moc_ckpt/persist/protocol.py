@@ -228,7 +228,7 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
         what: what went wrong; empty if nothing did.
         where: where.
         fix: what to do about it.
-        stored_bytes: bytes of the checkpoint's objects, older packs that it needs included; 0 if it failed.
+        stored_bytes: bytes that the save added to the storage; 0 if it failed.
         seconds: from the request's arrival to now.
     """
 

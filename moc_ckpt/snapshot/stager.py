@@ -21,7 +21,7 @@ import torch
 from moc_ckpt.errors import RendezvousTimeoutError
 from moc_ckpt.plan.copy_plan import coalesce, cut
 
-__all__ = ["CopyJob", "Piece", "Stager", "register"]
+__all__ = ["CopyJob", "Piece", "Stager", "register", "unregister"]
 
 logger = logging.getLogger("moc_ckpt")
 
@@ -278,3 +278,10 @@ def register(memory: torch.Tensor, progress: Callable[[int, int], None] | None =
         if progress is not None:
             progress(start + count, total)
     return True
+
+
+def unregister(memory: torch.Tensor) -> None:
+    """Undoes `register`, before the memory is unmapped; nothing where there is no device."""
+    if torch.cuda.is_available():
+        for start in range(0, memory.numel(), _REGISTER_BYTES):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr() + start)

@@ -366,8 +366,6 @@ def list_checkpoints(store: Store) -> list[CheckpointSummary]:
 
 
 def _summarize(manifest: Manifest) -> CheckpointSummary:
-    own = f"{manifest.tag}/{manifest.save_id}/"
-    stored = sum(pack.stored_bytes for pack in manifest.packs if pack.path.startswith(own))
     return CheckpointSummary(
         tag=manifest.tag,
         step=manifest.step,
@@ -375,7 +373,7 @@ def _summarize(manifest: Manifest) -> CheckpointSummary:
         created=manifest.created,
         save_id=manifest.save_id,
         nbytes=manifest.nbytes,
-        stored_bytes=stored + sum(extra.nbytes for extra in manifest.extra.values()),
+        stored_bytes=manifest.added_bytes,
         parameters=manifest.parameters,
     )
 

@@ -306,6 +306,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(pack.stored_bytes for pack in self.packs) + sum(extra.nbytes for extra in self.extra.values())
 
     @property
+    def added_bytes(self) -> int:
+        """Bytes that its own save put into the storage: packs of older tags are not counted."""
+        own = f"{self.tag}/{self.save_id}/"
+        packs = sum(pack.stored_bytes for pack in self.packs if pack.path.startswith(own))
+        return packs + sum(extra.nbytes for extra in self.extra.values())
+
+    @property
     def pack_paths(self) -> frozenset[str]:
         """Paths of the packs that it needs."""
         return frozenset(pack.path for pack in self.packs)

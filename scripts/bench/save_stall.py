@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,6 +164,8 @@ def launch(arguments: argparse.Namespace) -> dict[str, Any] | int:
         env.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
     shared = Path(env.get("MOC_SHM_DIR") or "/dev/shm") / f"moc_ckpt-{os.getuid()}"
+    # Ended from outside, it must still end the ranks and clean up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # The ranks' stdout goes to our stderr: stdout is for the report.
     ranks = subprocess.Popen([*command, __file__, *sys.argv[1:]], env=env, stdout=sys.stderr)
     try:

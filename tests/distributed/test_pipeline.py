@@ -57,7 +57,9 @@ EXPLICIT = [
 @pytest.mark.parametrize(("row", "k", "plugin"), EXPLICIT, ids=[f"{row}-{k}" for row, k, _ in EXPLICIT])
 def test_saves_beside_training(pool: Pool, tmp_path: Path, row: str, k: int | None, plugin: dict[str, Any]) -> None:
     saves = 5
-    answers = pool.run(4, case_explicit, path=str(tmp_path), row=row, saves=saves, k=k, plugin=plugin, deadline=DEADLINE)
+    answers = pool.run(
+        4, case_explicit, path=str(tmp_path), row=row, saves=saves, k=k, plugin=plugin, deadline=DEADLINE
+    )
     assert [problem for answer in answers for problem in answer["wrong"]] == []
     assert answers[0]["tags"] == [f"global_step{step + 1}" for step in range(saves)]
     experts = row_experts(zoo.ROWS[row])
@@ -161,3 +163,90 @@ def test_a_snapshot_at_every_step(
     assert answers[0]["tags"] == [f"global_step{step}" for step in range(1, steps + 1) if step % every == 0]
     if k == 1:
         assert max(answers[0]["versions"]) > 1
+
+
+def case_auto(ctx: Any, path: str, steps: int) -> dict[str, Any]:
+    """Everything `auto`: what is decided from measurements is equal on all ranks, and what is saved is exact."""
+    diary = Diary(ctx, f"{path}/c", f"{path}/kept")
+    section = {
+        "k_snapshot": "auto",
+        "snapshot_interval": "auto",
+        "persist_interval": "auto",
+        "mtbf_s": 3600.0,
+        "save_dir": diary.path,
+        "storage": {"keep_last": 0},
+    }
+    engine = build(ctx, "z2_bf16", None, **section)
+    decided = []
+    with harness.logged() as log:
+        for _ in range(steps):
+            harness.train(engine, 1)
+            diary.note(engine, attempt=1)
+            tuner = engine.moc.pipeline.tuner
+            decided.append((tuner.k, tuner.snapshot_interval, tuner.persist_interval))
+        engine.moc.wait()
+        lines = list(log) if isinstance(log, list) else list(getattr(log, "lines", log))
+    wrong = []
+    other = build(ctx, "z2_bf16", None, seed=2, save_mode="durable")
+    for tag in tags(diary.path)[-2:]:
+        wrong += diary.load(other, tag)
+    return {
+        "decided": decided,
+        "wrong": wrong,
+        "tags": tags(diary.path),
+        "log": [str(line) for line in lines],
+        "broken": engine.moc.pipeline is not None and repr(engine.moc.pipeline._broken),
+    }
+
+
+def test_auto_decides_alike_on_all_ranks(pool: Pool, tmp_path: Path) -> None:
+    answers = pool.run(4, case_auto, path=str(tmp_path), steps=40, deadline=DEADLINE)
+    assert all(answer["decided"] == answers[0]["decided"] for answer in answers)
+    assert [problem for answer in answers for problem in answer["wrong"]] == []
+    assert answers[0]["decided"][0] == ("auto", 1, 10)
+    assert answers[0]["decided"][-1][0] != "auto", "nothing was decided"
+    assert answers[0]["tags"]
+    assert any("auto" in line for line in answers[0]["log"])
+
+
+def case_dynamic_k(ctx: Any, path: str) -> dict[str, Any]:
+    """A restore doubles K: the arena was made for less."""
+    from distributed.pec_tools import build as build_engine
+
+    diary = Diary(ctx, f"{path}/c", f"{path}/kept")
+    section = {
+        **ASYNC,
+        "dynamic_k": True,
+        "max_plt": 0.001,
+        "k_snapshot": 1,
+        "snapshot_interval": 1,
+        "persist_interval": 1,
+        "save_dir": diary.path,
+        "host": {"linger_s": 3.0, "on_busy": "wait"},
+        "storage": {"keep_last": 0},
+    }
+    engine = build_engine(ctx, "z2_bf16", None, **section)
+    for _ in range(6):
+        harness.train(engine, 1)
+        diary.note(engine, attempt=1)
+    before = engine.moc.pipeline.host.arena.spec.experts
+    wrong = diary.load(engine, "global_step5")
+    raised = engine.moc.pipeline._moc.pec.snapshot_k(1)
+    for _ in range(6):
+        harness.train(engine, 1)
+        diary.note(engine, attempt=2)
+    engine.moc.wait()
+    after = engine.moc.pipeline.host.arena.spec.experts
+    skipped = engine.moc.pipeline.tuner.skipped
+    other = build(ctx, "z2_bf16", None, seed=2, save_mode="durable")
+    for tag in tags(diary.path)[-3:]:
+        wrong += diary.load(other, tag)
+    return {"wrong": wrong, "arena": (before, after), "k": raised, "skipped": skipped, "tags": tags(diary.path)}
+
+
+def test_dynamic_k_makes_room(pool: Pool, tmp_path: Path) -> None:
+    for answer in pool.run(4, case_dynamic_k, path=str(tmp_path), deadline=DEADLINE):
+        assert answer["wrong"] == []
+        assert max(answer["k"]) > 1
+        assert answer["arena"][1] > answer["arena"][0]
+        assert answer["skipped"] == 0

@@ -1,4 +1,4 @@
-"""What the pipeline does when something goes wrong: training goes on, nothing committed is lost, and people are told."""
+"""What the pipeline does when something goes wrong: training goes on, what is committed stays, people are told."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Trains two steps, saves, and ends at once: what the process leaves under way must still be committed.
 
-    RANK=0 WORLD_SIZE=2 MASTER_PORT=… python exit_script.py DIRECTORY KEPT HOW
+RANK=0 WORLD_SIZE=2 MASTER_PORT=… python exit_script.py DIRECTORY KEPT HOW
 """
 
 from __future__ import annotations

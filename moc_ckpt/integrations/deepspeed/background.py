@@ -101,13 +101,14 @@ class Background:
         report: tells people.
 
     Attributes:
+        slots: as given.
         learnt: step -> per layer, [experts] tokens that the state of the step has learnt.
     """
 
     def __init__(self, moc: MocCheckpoint, host: Host, slots: LocalSlots, tuner: Tuner, report: PipelineReport) -> None:
         self._moc = moc
         self._host = host
-        self._slots = slots
+        self.slots = slots
         self._tuner = tuner
         self._report = report
         self._config = moc.config
@@ -152,7 +153,7 @@ class Background:
         """Takes in that a snapshot's copies have ended; runs in the stager's thread."""
         if job.error is not None and current.error is None:
             current.error = job.error
-        self._slots.end(current.versions, whole=current.error is None)
+        self.slots.end(current.versions, whole=current.error is None)
 
     def _complete(self, current: Round) -> None:
         """Makes a snapshot whole on this rank, then hands its save to the agent."""
@@ -208,7 +209,7 @@ class Background:
         # What a part carries, for a recovery that finds nothing but the arena.
         files |= {"optimizer": optimizer, "state": captured.state}
         data, places, descriptor = encode_files(files)
-        slot = self._slots.add_extra(data, descriptor, attempt=current.attempt, step=current.step)
+        slot = self.slots.add_extra(data, descriptor, attempt=current.attempt, step=current.step)
         if slot is None:
             raise StorageError(
                 f"state beside tensors of {len(data):,} bytes does not fit into the arena",
@@ -228,9 +229,9 @@ class Background:
     ) -> None:
         pec, captured = self._moc.pec, current.captured
         assert captured is not None
-        self._slots.need([(EXTRA_UNIT, save.step)])
+        self.slots.need([(EXTRA_UNIT, save.step)])
         save.needed.append((EXTRA_UNIT, save.step))
-        self._slots.pin(save.needed)
+        self.slots.pin(save.needed)
         save.pinned = True
         save.history = persist_history(
             save.directory.versions, current.rotation, save.experts, ledger, self.learnt.__getitem__
@@ -240,7 +241,7 @@ class Background:
         save.floor = kept.floor
         experts: dict[str, tuple[Version, int]] = {}
         for (layer, expert), step in save.experts.items():
-            version = self._slots.get(expert_unit(layer, expert), step)
+            version = self.slots.get(expert_unit(layer, expert), step)
             if version is not None:
                 experts[expert_unit(layer, expert)] = (version, int(self.learnt[step][layer][expert]))
         info = None
@@ -257,7 +258,7 @@ class Background:
             save,
             rank=self._rank,
             world=self._world,
-            dense=self._slots.get(DENSE_UNIT, save.step),
+            dense=self.slots.get(DENSE_UNIT, save.step),
             # In the order of memory, so that a pack is few long runs.
             experts=dict(sorted(experts.items(), key=lambda item: item[1][0].slot.extents)),
             extra=slot,

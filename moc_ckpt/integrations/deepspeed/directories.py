@@ -15,7 +15,7 @@ from moc_ckpt.persist.heartbeat import DirectoryLock, LockIdentity
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
 from moc_ckpt.storage.base import Base, UnitTensors, open_base
-from moc_ckpt.storage.checkpoint import list_checkpoints, new_save_id, save_prefix
+from moc_ckpt.storage.checkpoint import list_checkpoints, new_save_id
 from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.retention import apply_retention
@@ -180,8 +180,7 @@ class Directories:
             self._base = ()
             self._committed[store.url] = manifest
             self._retain(store, manifest)
-            own = save_prefix(ident.tag, ident.save_id)
-            return sum(pack.stored_bytes for pack in manifest.packs if pack.path.startswith(own + "/"))
+            return manifest.added_bytes
 
         # Not the manifest: it is large in a large world, and nobody else needs it.
         return self._comm.from_first("committing the checkpoint", first, wait="commit")

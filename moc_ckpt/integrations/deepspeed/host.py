@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moc_ckpt.errors import ConfigError
+from moc_ckpt.errors import ConfigError, StorageError
 from moc_ckpt.integrations.deepspeed.pec import PartialExperts
 from moc_ckpt.pec.holdings import largest_choice, largest_window
 from moc_ckpt.pec.k_values import AUTO, K
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.persist.client import AgentClient
-from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello
+from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello, Status, StatusRequest
+from moc_ckpt.persist.survey import ask_agent
 from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
-from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity
-from moc_ckpt.snapshot.places import arena_path, job_dir, job_key
-from moc_ckpt.snapshot.stager import Stager, register
+from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity, writer_pid
+from moc_ckpt.snapshot.places import arena_path, find_arenas, job_dir, job_key
+from moc_ckpt.snapshot.stager import Stager, register, unregister
 from moc_ckpt.votes import Votes
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ logger = logging.getLogger("moc_ckpt")
 
 _CONNECT_S = 60.0
 _PROGRESS_S = 2.0
+_POLL_S = 0.1
+# Arenas of this process: asking who writes one would let go of its lock.
+_own: set[Path] = set()
 # State beside tensors: sparse, so only what is used takes memory.
 _EXTRA_BYTES = 1 << 30
 
@@ -77,15 +81,16 @@ class Host:
         node = _node()
         nodes = comm.exchange("finding the ranks of each node", lambda: node)
         local_rank = nodes[: comm.rank].count(node)
-        self._windows: dict[K, int] = {}
+        self._windows: dict[tuple[int, ...], int] = {}
+        self._world = comm.world
+        self._folder = comm.agree("making the job's directory", lambda: job_dir(job, create=True), wait="rendezvous")
+        comm.agree("clearing up after earlier runs", lambda: self._clear_up(first=local_rank == 0), wait="commit")
         need = comm.agree("sizing the arena", self._need)
         # K is the same on all ranks, so the one with the least memory decides.
         self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
         self.keep_committed = need.keep_committed
-        self.arena: Arena = comm.agree("creating the arena", lambda: self._create(moc, need), wait="commit")
-        memory = torch.from_numpy(self.arena.array)
-        deadline = config.timeouts.commit_s
-        self.stager = Stager(memory, self.device, deadline_s=deadline)
+        self.arena: Arena = comm.agree("creating the arena", lambda: self._create(need), wait="commit")
+        self.stager = self._stager()
         self.votes = Votes(deadline_s=config.timeouts.rendezvous_s)
         hello = Hello(
             protocol=PROTOCOL,
@@ -99,7 +104,7 @@ class Host:
             arena=str(self.arena.path),
         )
         self.agent = AgentClient(
-            job_dir(job, create=True),
+            self._folder,
             hello,
             may_start=local_rank == 0,
             linger_s=config.host.linger_s,
@@ -109,17 +114,64 @@ class Host:
 
     def window_bytes(self, k: K) -> int:
         """Returns the bytes of experts that the largest snapshot with K experts per layer takes of this rank."""
-        found = self._windows.get(k)
+        counts, config = self._pec.snapshot_k(k, self.max_k), self._config
+        found = self._windows.get(counts)
         if found is None:
-            config = self._config
-            found = self._windows[k] = largest_window(
-                self.ownership,
-                self._pec.snapshot_k(k),
-                self._rank,
-                method=config.selection,
-                balance=config.balance == "fill",
-            )
+            balance = config.balance == "fill"
+            found = largest_window(self.ownership, counts, self._rank, method=config.selection, balance=balance)
+            self._windows[counts] = found
         return found
+
+    def grow(self) -> bool:
+        """Makes the arena larger if K needs that now (Dynamic-K, after a restore); what it held is gone then.
+
+        Not collective. Nothing may be under way.
+
+        Returns:
+            Whether there is another arena now.
+
+        Raises:
+            StorageError: if there is no room for it.
+        """
+        try:
+            need = self._need()
+        except ConfigError as error:
+            logger.warning("K stays at what memory has room for: %s", error.what)
+            self.max_k = max(min(self.max_k, max(self._pec.snapshot_k(self._config.k_snapshot))) // 2, 1)
+            return False
+        if need.dense <= self.arena.spec.dense and need.experts <= self.arena.spec.experts:
+            return False
+        self.stager.close()
+        self._release()
+        self.arena.unlink()
+        self.arena = self._create(need)
+        self.stager = self._stager()
+        return True
+
+    def _stager(self) -> Stager:
+        memory = torch.from_numpy(self.arena.array)
+        return Stager(memory, self.device, deadline_s=self._config.timeouts.commit_s)
+
+    def _release(self) -> None:
+        unregister(torch.from_numpy(self.arena.array[: self.arena.spec.reserved]))
+        self.arena.close()
+        _own.discard(self.arena.path)
+
+    def _clear_up(self, *, first: bool) -> None:
+        """Removes the arenas of runs of this job that are over, once their agent has written what it was given."""
+        if not first:
+            return
+        deadline = time.monotonic() + self._config.timeouts.commit_s
+        told = False
+        while (busy := _unfinished(self._folder)) and time.monotonic() < deadline:
+            if not told:
+                logger.info("waiting for the agent to write what ranks %s of the last run left", busy)
+                told = True
+            time.sleep(_POLL_S)
+        for path in find_arenas(self._folder):
+            if path not in _own and writer_pid(path) is None:
+                logger.info("removing %s of a run that is over", path.name)
+                path.unlink(missing_ok=True)
 
     def _need(self) -> ArenaNeed:
         """Sizes the arena; with K `auto` it is as large as the budget allows."""
@@ -149,21 +201,22 @@ class Host:
             keep_committed=config.host.keep_committed,
         )
 
-    def _create(self, moc: MocCheckpoint, need: ArenaNeed) -> Arena:
+    def _create(self, need: ArenaNeed) -> Arena:
         begin = time.perf_counter()
         spec = ArenaSpec(need.dense, need.experts, _EXTRA_BYTES, need.slots)
-        path = arena_path(job_dir(self.job, create=True), self.run, self._rank)
+        path = arena_path(self._folder, self.run, self._rank)
         identity = Identity(
             job=self.job,
             run=self.run,
             rank=self._rank,
-            world=moc.comm.world,
+            world=self._world,
             pid=os.getpid(),
             node=socket.gethostname(),
-            url=moc.config.save_dir,
+            url=self._config.save_dir,
             attempt=None,
             created=time.time(),
         )
+        _own.add(path)
         arena = Arena.create(path, spec, identity, progress=_progress("populating", self._rank))
         try:
             register(torch.from_numpy(arena.array[: spec.reserved]), _progress("pinning", self._rank))
@@ -189,7 +242,18 @@ class Host:
         self.votes.close()
         self.stager.close()
         self.agent.close(_CONNECT_S)
-        self.arena.close()
+        self._release()
+
+
+def _unfinished(folder: Path) -> list[int]:
+    """Returns the ranks of dead trainers whose snapshots the node's agent is still writing."""
+    try:
+        status = ask_agent(folder, StatusRequest())
+    except StorageError:
+        return []
+    if not isinstance(status, Status):
+        return []
+    return [rank.rank for rank in status.ranks if not rank.alive and rank.queued + rank.writing]
 
 
 def _node() -> str:

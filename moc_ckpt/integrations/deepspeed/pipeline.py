@@ -208,6 +208,11 @@ class Pipeline:
         self._adopted = True
         self._room = True
 
+    def make_room(self) -> None:
+        """Makes the arena larger if Dynamic-K wants more than it was made for. Not collective; on all ranks."""
+        if self.host.grow():
+            self._slots = self._background.slots = LocalSlots(self.host.arena, keep_committed=self.host.keep_committed)
+
     def forget_directory(self, save_dir: str) -> None:
         """Forgets what a directory holds: a save that did not go through here has changed it."""
         self._directories.pop(save_dir, None)

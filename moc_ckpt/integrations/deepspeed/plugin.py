@@ -249,6 +249,8 @@ class MocCheckpoint:
         if request.continues:
             self.directories.restored(store.url, manifest)
             self.pec.restored(store.url, experts)
+            if self.pipeline is not None:
+                self.comm.agree("making room for snapshots", self.pipeline.make_room)
         seconds = time.perf_counter() - begin
         self.report.recovered(store, manifest, self.comm.world, seconds, goes_on=request.continues)
         return store.locate(manifest.tag), client_state
