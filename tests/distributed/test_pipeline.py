@@ -69,15 +69,24 @@ def test_saves_beside_training(pool: Pool, tmp_path: Path, row: str, k: int | No
 
 
 def slow_down(seconds: float) -> Any:
-    """Let every snapshot's copies begin late, so that the next update comes first unless it waits; how to undo it."""
+    """Let every snapshot's copies begin late, so that the next update comes first unless it waits; how to undo it.
+
+    On a device it is the device that is late: the host issues copies and update at once.
+    """
     import time
+
+    import torch
 
     from moc_ckpt.snapshot.stager import Stager
 
     plain = Stager._run
 
     def run(self: Any, job: Any) -> None:
-        time.sleep(seconds)
+        if self._stream is None:
+            time.sleep(seconds)
+        else:
+            with torch.cuda.stream(self._stream):
+                torch.cuda._sleep(int(seconds * 1.5e9))  # cycles
         plain(self, job)
 
     Stager._run = run  # type: ignore[method-assign]
@@ -85,7 +94,7 @@ def slow_down(seconds: float) -> Any:
 
 
 def case_every_step(
-    ctx: Any, path: str, row: str, k: int | None, steps: int, every: int, slow: float, plugin: dict[str, Any]
+    ctx: Any, path: str, row: Any, k: int | None, steps: int, every: int, slow: float, plugin: dict[str, Any]
 ) -> dict[str, Any]:
     """Snapshots at every step and persists at some, without a call in the training loop; each is loaded elsewhere."""
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
@@ -110,13 +119,14 @@ def case_every_step(
         engine.moc.wait()
     finally:
         undo()
-    out["expected"] = expected
+    out["expected"], out["overflows"] = expected, engine.skipped_steps
     out["skipped"] = engine.moc.pipeline.tuner.skipped
     out["tags"] = tags(diary.path)
     out["versions"] = [len(set(versions(manifest(diary.path, tag)).values())) for tag in out["tags"]]
     if ctx.rank == 0:
         out["wrong"] += [problem for tag in out["tags"] for problem in verified(diary.path, tag)]
     engine = build(ctx, row, None, seed=2, save_mode="durable")
+    harness.train(engine, 2, data_seed=99)
     for tag in out["tags"]:
         out["wrong"] += diary.load(engine, tag)
     return out

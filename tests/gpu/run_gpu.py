@@ -61,12 +61,23 @@ def rows(gpus: int) -> dict[str, Any]:
 #: Rows that are also saved one expert per layer at a time, as cases with this prefix.
 PARTIAL = ("z2_bf16_fused", "z0_bf16_fused", "z2_fp16_fused", "z2_bf16_cpu_adam")
 PREFIX = "pec_"
+#: Rows that also take a snapshot at every step, with copies that the next update would overtake if it could.
+ASYNC = (
+    "z2_bf16_fused",
+    "z1_bf16_fp32acc_fused",
+    "z0_bf16_fused",
+    "z2_fp16_fused",
+    "z2_bf16_cpu_adam",
+    "z2_fp32_fused",
+)
+ASYNC_PREFIX = "async_"
 
 
 def cases(gpus: int) -> dict[str, Any]:
-    """Name -> row of every case; those of partial checkpoints come last."""
+    """Name -> row of every case; those of partial checkpoints and of snapshots come last."""
     found = rows(gpus)
-    return {**found, **{PREFIX + name: found[name] for name in PARTIAL}}
+    partly = {PREFIX + name: found[name] for name in PARTIAL}
+    return {**found, **partly, **{ASYNC_PREFIX + name: found[name] for name in ASYNC}}
 
 
 # ------------------------------------------------------------------------------------------- one rank
@@ -175,6 +186,27 @@ def partial(ctx: Context, row: Any, path: str) -> dict[str, Any]:
     }
 
 
+def beside_training(ctx: Context, row: Any, path: str) -> dict[str, Any]:
+    """One configuration with a snapshot at every step: losses are those without, every checkpoint is exact."""
+    from distributed.test_pipeline import case_every_step
+
+    steps, every = 10, 2
+    found = case_every_step(ctx, path, row, 1, steps, every, 0.2, {})
+    tags = [f"global_step{step}" for step in range(1, steps + 1) if step % every == 0]
+    wrong = {
+        "restored": found["wrong"],
+        "losses": [] if found["losses"] == found["expected"] else [f"{found['losses']} != {found['expected']}"],
+        "tags": [] if set(found["tags"]) == set(tags) else [str(found["tags"])],
+        "skipped": [] if found["skipped"] == 0 else [str(found["skipped"])],
+        "versions": [] if max(found["versions"]) > 1 else [str(found["versions"])],
+    }
+    return {
+        "wrong": {name: lines for name, lines in wrong.items() if lines},
+        "skipped_before": found["overflows"],
+        "skipped": found["overflows"],
+    }
+
+
 def _tokens_per_step(row: Any) -> int:
     """Tokens of all ranks in one micro-step."""
     from distributed import zoo
@@ -205,13 +237,18 @@ def worker(only: list[str], out: str, native: bool) -> None:
     ctx = Context()
     results = {}
     for name, row in cases(ctx.world).items():
-        if (only and name not in only) or (native and name.startswith(PREFIX)):
+        if (only and name not in only) or (native and name.startswith((PREFIX, ASYNC_PREFIX))):
             continue
         began = time.monotonic()
         path = ctx.gather(tempfile.mkdtemp(prefix="moc_gpu_") if ctx.rank == 0 else None)[0]
         try:
-            pec = name.startswith(PREFIX)
-            mine: dict[str, Any] = partial(ctx, row, path) if pec else exact(ctx, row, path, native=native)
+            mine: dict[str, Any]
+            if name.startswith(PREFIX):
+                mine = partial(ctx, row, path)
+            elif name.startswith(ASYNC_PREFIX):
+                mine = beside_training(ctx, row, path)
+            else:
+                mine = exact(ctx, row, path, native=native)
         except Exception:
             mine = {"wrong": {"error": traceback.format_exc()}}
         with contextlib.suppress(Exception):

@@ -219,7 +219,7 @@ class Host:
         _own.add(path)
         arena = Arena.create(path, spec, identity, progress=_progress("populating", self._rank))
         try:
-            register(torch.from_numpy(arena.array[: spec.reserved]), _progress("pinning", self._rank))
+            register(torch.from_numpy(arena.array[: spec.reserved]))
         except BaseException:
             arena.close()
             arena.unlink()
