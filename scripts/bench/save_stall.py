@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--k", type=_k, help="k_snapshot of pec (default auto)")
     add("--k-persist", type=_k, default="auto", help="k_persist of pec (default auto)")
     add("--persist-interval", type=int, default=10, help="steps between persists of +persist arms (default 10)")
+    add("--explicit-pairs", type=int, help="pairs of arms that save explicitly (native, dcp, durable; default: pairs)")
     add("--rounds", type=int, default=1, help="how often all arms are gone through (default 1)")
     add("--budget", type=float, help="s of training; where it would take longer, fewer pairs are run")
     add("--settle", type=int, default=40, help="steps before the blocks in which `auto` decides (default 40)")
@@ -142,10 +143,11 @@ def settle(arguments: argparse.Namespace, *, gpu: bool) -> list[Arm]:
     arguments.ep = arguments.ep or arguments.ranks
     arguments.experts = arguments.experts or (8 * arguments.ranks if gpu else 8)
     arguments.dtype = arguments.dtype or ("bf16" if gpu else "fp32")
+    arguments.explicit_pairs = arguments.explicit_pairs or arguments.pairs
     arms = [parse_arm(name) for name in arguments.arms] if arguments.arms else all_arms()
     if len(set(arms)) < len(arms):
         raise ArmError("an arm is named twice")
-    for name in ("ranks", "pairs", "rounds", "persist_interval", "block"):
+    for name in ("ranks", "pairs", "explicit_pairs", "rounds", "persist_interval", "block"):
         if getattr(arguments, name) < 1:
             raise ArmError(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.experts % arguments.ep or arguments.ranks % arguments.ep:
@@ -169,13 +171,17 @@ def launch(arguments: argparse.Namespace) -> dict[str, Any] | int:
     # The ranks' stdout goes to our stderr: stdout is for the report.
     ranks = subprocess.Popen([*command, __file__, *sys.argv[1:]], env=env, stdout=sys.stderr)
     try:
-        status = ranks.wait(arguments.timeout)
-        if status or not report_file.exists():
+        try:
+            status = ranks.wait(arguments.timeout)
+        except subprocess.TimeoutExpired:
+            print(f"ended after {arguments.timeout:.0f} s (--timeout)", file=sys.stderr)
+            status = 1
+        if not report_file.exists():
             return status or 1
-        return json.loads(report_file.read_text())
-    except subprocess.TimeoutExpired:
-        print(f"ended after {arguments.timeout:.0f} s (--timeout)", file=sys.stderr)
-        return 1
+        report = json.loads(report_file.read_text())
+        if status:
+            print("the run did not end well: the report has only the arms that were done", file=sys.stderr)
+        return {**report, "complete": not status}
     finally:
         if ranks.poll() is None:
             ranks.terminate()  # it passes this on to the ranks
@@ -193,9 +199,11 @@ def worker(arguments: argparse.Namespace, arms: list[Arm]) -> int:
     import torch.distributed as dist
     from _stall.run import Bench
 
-    report = Bench(arguments, arms, Path(os.environ["MOC_BENCH_DIR"])).run()
-    if report is not None:
-        Path(os.environ["MOC_BENCH_REPORT"]).write_text(json.dumps(report))
+    bench = Bench(arguments, arms, Path(os.environ["MOC_BENCH_DIR"]))
+    for report in bench.run():  # after every arm: a run that is cut off has what was done
+        target = Path(os.environ["MOC_BENCH_REPORT"])
+        target.with_suffix(".new").write_text(json.dumps(report))
+        target.with_suffix(".new").replace(target)
     dist.barrier()
     dist.destroy_process_group()
     return 0

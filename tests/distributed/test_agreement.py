@@ -27,20 +27,20 @@ SINGLE = Row("single", world=1, layers=(Layer(experts=2, ep=1),))
 
 def case_node_local_directory(ctx: Any, path: str) -> dict[str, Any]:
     """Under the same path rank 1 sees a directory of its own, as on a node where nothing is mounted."""
-    from moc_ckpt.integrations.deepspeed import plugin
+    from moc_ckpt.integrations.deepspeed import directories
 
     engine = harness.build(ROW, world=ctx.world, seed=1, plugin=ON)
     harness.train(engine, 1)
     engine.save_checkpoint(path, tag="shared")
-    original = plugin.open_store
+    original = directories.open_store
     other = Path(path).parent / "node1"
     other.mkdir(exist_ok=True)
     if ctx.rank == 1:
-        plugin.open_store = lambda url, **kwargs: original(str(other) if str(url) == path else url, **kwargs)
+        directories.open_store = lambda url, **kwargs: original(str(other) if str(url) == path else url, **kwargs)
     try:
         result = untouched(ctx, engine, lambda: engine.save_checkpoint(path, tag="split"))
     finally:
-        plugin.open_store = original
+        directories.open_store = original
     result["files"] = sorted(str(p.relative_to(path)) for p in Path(path).rglob("*") if "split" in p.parts)
     result["strays"] = [str(p) for p in other.rglob("*")]
     result["latest"] = Path(path, "latest").read_text()

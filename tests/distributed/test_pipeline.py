@@ -195,7 +195,6 @@ def case_auto(ctx: Any, path: str, steps: int) -> dict[str, Any]:
             tuner = engine.moc.pipeline.tuner
             decided.append((tuner.k, tuner.snapshot_interval, tuner.persist_interval))
         engine.moc.wait()
-        lines = list(log) if isinstance(log, list) else list(getattr(log, "lines", log))
     wrong = []
     other = build(ctx, "z2_bf16", None, seed=2, save_mode="durable")
     for tag in tags(diary.path)[-2:]:
@@ -204,8 +203,7 @@ def case_auto(ctx: Any, path: str, steps: int) -> dict[str, Any]:
         "decided": decided,
         "wrong": wrong,
         "tags": tags(diary.path),
-        "log": [str(line) for line in lines],
-        "broken": engine.moc.pipeline is not None and repr(engine.moc.pipeline._broken),
+        "log": [text for _, text in log],
     }
 
 

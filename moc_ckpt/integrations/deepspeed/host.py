@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -40,6 +41,9 @@ _PROGRESS_S = 2.0
 _POLL_S = 0.1
 # Arenas of this process: asking who writes one would let go of its lock.
 _own: set[Path] = set()
+# Of what is free in shared memory, what the arenas of a node take at most where nobody said how much.
+_ROOM_SHARE = 0.9
+_POPULATE_THREADS = 16
 # State beside tensors: sparse, so only what is used takes memory.
 _EXTRA_BYTES = 1 << 30
 
@@ -80,7 +84,7 @@ class Host:
         self.job, self.run = job, run
         node = _node()
         nodes = comm.exchange("finding the ranks of each node", lambda: node)
-        local_rank = nodes[: comm.rank].count(node)
+        local_rank, self._neighbours = nodes[: comm.rank].count(node), nodes.count(node)
         self._windows: dict[tuple[int, ...], int] = {}
         self._world = comm.world
         self._folder = comm.agree("making the job's directory", lambda: job_dir(job, create=True), wait="rendezvous")
@@ -174,9 +178,11 @@ class Host:
                 path.unlink(missing_ok=True)
 
     def _need(self) -> ArenaNeed:
-        """Sizes the arena; with K `auto` it is as large as the budget allows."""
+        """Sizes the arena; with K `auto` it is as large as the budget, or else shared memory, allows."""
         config = self._config
         budget = None if config.host.memory_budget_gib is None else int(config.host.memory_budget_gib * 2**30)
+        if budget is None and config.k_snapshot == AUTO and config.selection != "full":
+            budget = int(shutil.disk_usage(self._folder).free * _ROOM_SHARE) // self._neighbours
         while True:
             try:
                 return apply_budget(
@@ -217,7 +223,8 @@ class Host:
             created=time.time(),
         )
         _own.add(path)
-        arena = Arena.create(path, spec, identity, progress=_progress("populating", self._rank))
+        threads = max(1, min(_POPULATE_THREADS, (os.cpu_count() or 1) // self._neighbours))
+        arena = Arena.create(path, spec, identity, progress=_progress("populating", self._rank), threads=threads)
         try:
             register(torch.from_numpy(arena.array[: spec.reserved]))
         except BaseException:

@@ -85,7 +85,9 @@ def all_arms() -> list[Arm]:
     return [Arm("native"), Arm("dcp"), *ours]
 
 
-def blocks(arms: Sequence[Arm], pairs: int, rounds: int, seed: int = 0) -> list[list[tuple[Arm, list[bool]]]]:
+def blocks(
+    arms: Sequence[Arm], pairs: int, rounds: int, seed: int = 0, *, explicit_pairs: int | None = None
+) -> list[list[tuple[Arm, list[bool]]]]:
     """Returns the order of blocks: by round the arms, and for each the blocks with it (True) and without.
 
     Every block with an arm has one without any checkpointing right beside it, in the same process and on the same
@@ -96,13 +98,16 @@ def blocks(arms: Sequence[Arm], pairs: int, rounds: int, seed: int = 0) -> list[
         pairs: pairs of blocks per arm and round.
         rounds: how often all arms are gone through, each time in another order.
         seed: of the order; equal on all ranks.
+        explicit_pairs: pairs of arms that save explicitly, once in every block: their saves take seconds. As the others
+            if not given.
     """
     draw = random.Random(seed)
     found = []
     for _ in range(rounds):
         entry = []
         for arm in draw.sample(list(arms), len(arms)):
-            first = [bool(number % 2) for number in range(pairs)]
+            explicit = arm.kind in _EXPLICIT and explicit_pairs is not None
+            first = [bool(number % 2) for number in range(explicit_pairs if explicit else pairs)]
             draw.shuffle(first)
             entry.append((arm, [with_arm for one in first for with_arm in (one, not one)]))
         found.append(entry)

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,31 +45,36 @@ class Bench:
         self._blocks: list[Block] = []
         self._facts: dict[str, dict[str, Any]] = {}
         self._not_run: dict[str, str] = {}
+        self._begin = time.perf_counter()
 
-    def run(self) -> dict[str, Any] | None:
-        """Returns the report on rank 0, None elsewhere."""
-        arguments, training = self._arguments, self._training
-        begin = time.perf_counter()
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Yields the report after every arm, on rank 0 alone; all ranks must go on to the end."""
+        arguments = self._arguments
         for _ in range(arguments.warmup):
-            training.step()
+            self._training.step()
         if arguments.budget:
-            arguments.pairs = self._affordable_pairs()
-        order = blocks(self._arms, arguments.pairs, arguments.rounds)
+            arguments.pairs = arguments.explicit_pairs = self._affordable_pairs()
+        order = blocks(self._arms, arguments.pairs, arguments.rounds, explicit_pairs=arguments.explicit_pairs)
         for number, entry in enumerate(order):
             for arm, with_arms in entry:
-                self._note(f"round {number + 1}/{len(order)}, {arm.name}, {time.perf_counter() - begin:.0f} s")
+                self._note(f"round {number + 1}/{len(order)}, {arm.name}")
                 self._run_arm(arm, with_arms)
+                report = self._report()
+                if report is not None:
+                    yield report
+
+    def _report(self) -> dict[str, Any] | None:
+        """Returns what is known so far on rank 0, None elsewhere; collective."""
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (self._blocks, training.state_bytes, self._facts))
+        dist.all_gather_object(ranks, (self._blocks, self._training.state_bytes, self._facts))
         if dist.get_rank():
             return None
         merged = merge_ranks([one[0] for one in ranks])
-        for name, fact in self._facts.items():
-            _merge_facts(fact, [one[2].get(name, {}) for one in ranks])
+        facts = {name: merge_facts([one[2].get(name, {}) for one in ranks]) for name in self._facts}
         return {
             **self._description([one[1] for one in ranks]),
-            "seconds": round(time.perf_counter() - begin, 1),
-            "arms": summarise(merged, [arm.name for arm in self._arms if arm.name in self._facts], self._facts),
+            "seconds": round(time.perf_counter() - self._begin, 1),
+            "arms": summarise(merged, [arm.name for arm in self._arms if arm.name in facts], facts),
             "labels": {arm.name: arm.label() for arm in self._arms},
             "not_run": self._not_run,
         }
@@ -123,13 +128,16 @@ class Bench:
                 raise
             self._not_run[arm.name] = str(error)
             return
+        self._note(f"  {arm.name}: set up")
         self._align(arm)
         self._block(runner, True, FIRST_STEPS, first=True)
+        self._note(f"  {arm.name}: first checkpoint done")
         for with_arm in with_arms:
             self._align(arm)
             self._block(runner, with_arm, arguments.block)
             if with_arm and arm.persist and arguments.raw_write:
                 self._raw(runner)
+        self._note(f"  {arm.name}: blocks done")
         runner.stop()
         self._facts[arm.name] = {**self._facts.get(arm.name, {}), **runner.facts()}
 
@@ -220,15 +228,20 @@ class Bench:
 
     def _note(self, text: str) -> None:
         if dist.get_rank() == 0:
-            print(text, file=sys.stderr, flush=True)
+            print(f"{time.perf_counter() - self._begin:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def _chunks(values: list[float], size: int) -> list[list[float]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
-def _merge_facts(fact: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """Turns the ranks' single persists and raw writes into bandwidths of the job: all bytes over the slowest rank."""
+def merge_facts(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns an arm's facts of the job; rank 0's, but sizes are sums and rates the slowest rank's.
+
+    Args:
+        ranks: facts of each rank; single persists are (bytes, seconds, seconds of the raw write or None).
+    """
+    fact = {**ranks[0]}
     for name in ("setup_s",):
         fact[name] = max(one.get(name, 0.0) for one in ranks)
     for name in ("snapshot_bytes", "persist_bytes"):
@@ -237,12 +250,12 @@ def _merge_facts(fact: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     if "snapshot_bytes" in fact:
         fact["bytes"] = fact["persist_bytes"] or fact["snapshot_bytes"]
         fact["copy_bytes_per_s"] = min(one["copy_bytes_per_s"] for one in ranks)
-    persists = [one.get("persists", []) for one in ranks]
-    rows = list(zip(*persists, strict=True))
+    rows = list(zip(*(one.get("persists", []) for one in ranks), strict=True))
+    fact.pop("persists", None)
     if not rows:
-        return
+        return fact
+    # All bytes over the slowest rank.
     ours = [sum(n for n, _, _ in row) / max(s for _, s, _ in row) for row in rows]
-    fact.pop("persists")
     fact["persist_bytes_per_s"] = sorted(ours)[len(ours) // 2]
     if all(raw is not None for row in rows for _, _, raw in row):
         plain = [sum(n for n, _, _ in row) / max(raw for _, _, raw in row) for row in rows]
@@ -251,3 +264,4 @@ def _merge_facts(fact: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         fact["persist_to_raw"] = ratios[len(ratios) // 2]
     else:
         fact["persist_to_raw"] = None
+    return fact

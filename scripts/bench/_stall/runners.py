@@ -131,6 +131,9 @@ class Dcp(Runner):
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
             )
         )
+        # torch 2.11 closes the inner stager after every copy, and fails at the second one.
+        self._inner = self._stager._state_dict_stager
+        self._inner.close = lambda: None
         self._staging: Any = None
         self._upload: Any = None
         self._clock = Clock()
@@ -166,6 +169,7 @@ class Dcp(Runner):
     def stop(self) -> None:
         self._handle.remove()
         self._stager.close()
+        type(self._inner).close(self._inner)
         dist.destroy_process_group(self._group)
 
 

@@ -46,6 +46,8 @@ class Training:
         import moc_ckpt  # noqa: F401  (hooks itself into deepspeed, so that engine.moc exists)
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.basicConfig(format="           %(message)s")
+        logging.getLogger("moc_ckpt").setLevel(logging.INFO)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.cuda = torch.cuda.is_available()
         if self.cuda:
