@@ -38,7 +38,7 @@ EXPERTS = row_experts(ROW)
 def case_failure(ctx: Any, path: str, victim: int, where: str, selection: str) -> dict[str, Any]:
     """The third save fails on one rank; everything after it is as in a run where nobody tried."""
     from moc_ckpt.errors import StorageError
-    from moc_ckpt.integrations.deepspeed import plugin, save
+    from moc_ckpt.integrations.deepspeed import directories, save
     from moc_ckpt.storage.local import LocalStore
 
     out: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def case_failure(ctx: Any, path: str, victim: int, where: str, selection: str) -
             if fails and number == 2:
                 place = {
                     "write": (save, "write_prepared"),
-                    "commit": (plugin, "commit"),
+                    "commit": (directories, "commit"),
                     "latest": (LocalStore, "write"),
                 }
                 holder, attribute = place[where]

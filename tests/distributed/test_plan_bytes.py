@@ -144,7 +144,7 @@ def case_save(
     from gpt_moe.optimizer import parameter_groups
 
     config, _ = build_ds_config(args, {})
-    config["moc_checkpoint"] = plugin if plugin is not None else {"enabled": False}
+    config["moc_checkpoint"] = {"save_mode": "durable", **plugin} if plugin is not None else {"enabled": False}
     net = make_net(args, vocabulary)
     try:
         optimizer = torch.optim.AdamW(parameter_groups(net, 0.1), lr=1e-3)
