@@ -47,14 +47,19 @@ class MemoryVersions:
         self._steps: dict[Place, list[int]] = {
             (layer, expert): [] for layer, count in enumerate(experts) for expert in range(count)
         }
+        # Experts of which more than one version is held: the only ones that a confirmation concerns.
+        self._several: set[Place] = set()
         self.confirmed = -1
 
     def took(self, step: int, places: Iterable[Place]) -> None:
         """Takes in that a snapshot of these experts was begun; steps only grow."""
         for place in places:
             steps = self._steps[place]
-            if not steps or steps[-1] < step:
+            if not steps:
                 steps.append(step)
+            elif steps[-1] < step:
+                steps.append(step)
+                self._several.add(place)
 
     def confirm(self, step: int) -> list[Place]:
         """Takes in that the snapshot of a step is whole everywhere.
@@ -64,11 +69,14 @@ class MemoryVersions:
         """
         self.confirmed = max(self.confirmed, step)
         older = []
-        for place, steps in self._steps.items():
+        for place in sorted(self._several):
+            steps = self._steps[place]
             if len(steps) > 1 and steps[1] <= self.confirmed:
                 while len(steps) > 1 and steps[1] <= self.confirmed:
                     del steps[0]
                 older.append(place)
+            if len(steps) < 2:
+                self._several.discard(place)
         return older
 
     def drop(self, step: int) -> None:
@@ -105,6 +113,7 @@ class MemoryVersions:
         """Forgets everything: the live state has become another one."""
         for steps in self._steps.values():
             steps.clear()
+        self._several.clear()
         self.confirmed = -1
 
 

@@ -51,7 +51,7 @@ class LocalSlots:
         self._expected: tuple[int, list[Slot]] | None = None
 
     def begin(self, sources: Sequence[UnitSource], *, attempt: int, step: int) -> list[Version] | None:
-        """Takes slots for a snapshot; None, and nothing taken, if there is no room."""
+        """Takes slots for a snapshot, dense state first; None, and nothing taken, if there is no room."""
         with self._lock:
             found: list[Version] = []
             dense = [source for source in sources if source.unit == DENSE_UNIT]

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from moc_ckpt.errors import RendezvousTimeoutError
-from moc_ckpt.plan.copy_plan import coalesce, cut
+from moc_ckpt.plan.copy_plan import CopyRun, coalesce, cut
+from moc_ckpt.snapshot.device_copy import DeviceCopier
 
-__all__ = ["CopyJob", "Piece", "Stager", "register", "unregister"]
+__all__ = ["CopyJob", "Piece", "Stager", "Work", "register", "unregister"]
 
 logger = logging.getLogger("moc_ckpt")
 
@@ -31,15 +32,31 @@ _STEP_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor and its place in a slot.
+    """A tensor and its place in a slot; where its bytes lie is found once.
 
     Attributes:
         tensor: one dimension, contiguous, on any device; what it shows is copied when the job runs.
         offset: first byte in the slot.
+        source: address of the tensor's storage; on a device or in the host's memory.
+        start: first byte in the storage.
+        nbytes: bytes of the tensor.
     """
 
     tensor: torch.Tensor
     offset: int
+    source: int = field(init=False)
+    start: int = field(init=False)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        tensor, size = self.tensor, self.tensor.element_size()
+        object.__setattr__(self, "source", tensor.untyped_storage().data_ptr())
+        object.__setattr__(self, "start", int(tensor.storage_offset()) * size)
+        object.__setattr__(self, "nbytes", tensor.numel() * size)
+
+
+Work = Sequence[tuple[Sequence[Piece], Sequence[tuple[int, int]]]]
+"""For each slot its pieces and its extents: (first byte in the arena, bytes)."""
 
 
 @dataclass(slots=True)
@@ -57,11 +74,12 @@ class CopyJob:
     runs: int = 0
     seconds: float = 0.0
     error: Exception | None = None
-    _work: Sequence[tuple[Sequence[Piece], Sequence[tuple[int, int]]]] = ()
+    _prepare: Callable[[], Work] = tuple
     _keep: Any = None
     _boundary: Any = None
     _began: Any = None
     _ended: Any = None
+    _planned: threading.Event = field(default_factory=threading.Event)
     _issued: threading.Event = field(default_factory=threading.Event)
     _host_done: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
@@ -75,6 +93,10 @@ class CopyJob:
         """Waits for the end of the copies; tells whether it came. Any thread may wait."""
         return self._done.wait(timeout_s)
 
+    def wait_planned(self, timeout_s: float) -> bool:
+        """Waits until it is known where the copies go; tells whether it is. Any thread may wait."""
+        return self._planned.wait(timeout_s)
+
 
 class Stager:
     """Runs copy jobs one after the other. `start` and `before_update` belong to the training thread.
@@ -86,33 +108,27 @@ class Stager:
     """
 
     def __init__(self, memory: torch.Tensor, device: torch.device, *, deadline_s: float) -> None:
-        self._memory = memory
         self._address = memory.data_ptr()
         self._device = device if device.type == "cuda" else None
         self._deadline_s = deadline_s
         self._stream = torch.cuda.Stream(device) if self._device is not None else None
+        self._copier = DeviceCopier(device, memory) if self._device is not None else None
         self._current: CopyJob | None = None
         self._jobs: queue.SimpleQueue[tuple[CopyJob, Callable[[CopyJob], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moc-stager", daemon=True)
         self._thread.start()
 
-    def start(
-        self,
-        work: Sequence[tuple[Sequence[Piece], Sequence[tuple[int, int]]]],
-        then: Callable[[CopyJob], None],
-        *,
-        keep: Any = None,
-    ) -> CopyJob:
+    def start(self, prepare: Callable[[], Work], then: Callable[[CopyJob], None], *, keep: Any = None) -> CopyJob:
         """Schedules the copies of a snapshot; returns at once.
 
         The job before this one must have ended (`join`): two would race for the order of the stream.
 
         Args:
-            work: for each slot its pieces and its extents: (first byte in the arena, bytes).
+            prepare: returns what to copy; called in the stager's thread.
             then: called in the stager's thread when the copies have ended.
             keep: tensors that must live until then.
         """
-        job = CopyJob(_work=work, _keep=keep)
+        job = CopyJob(_prepare=prepare, _keep=keep)
         if self._device is not None:
             # What is on the training stream now is the state to copy.
             job._boundary = torch.cuda.Event(enable_timing=False)
@@ -179,75 +195,56 @@ class Stager:
             except Exception as error:
                 job.error = error
             finally:
-                job._work, job._keep = (), None
+                job._prepare, job._keep = tuple, None
                 try:
                     then(job)
                 except Exception:
                     logger.exception("after a snapshot's copies")
-                for event in (job._issued, job._host_done, job._done):
+                for event in (job._planned, job._issued, job._host_done, job._done):
                     event.set()
 
     def _run(self, job: CopyJob) -> None:
         begin = time.perf_counter()
         on_device, on_host = self._plan(job)
+        job._planned.set()
         if on_device:
-            assert self._stream is not None
+            assert self._stream is not None and self._copier is not None
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(job._boundary)
                 job._began = torch.cuda.Event(enable_timing=True)
                 job._began.record()
-                for source, target in on_device:
-                    target.copy_(source, non_blocking=True)
-                ended = torch.cuda.Event(enable_timing=True)
-                ended.record()
-                job._ended = ended
+                self._copier.issue(on_device, self._stream)
+                # Blocking: this thread sleeps, and leaves core and lock to others, until the copies are done.
+                job._ended = torch.cuda.Event(enable_timing=True, blocking=True)
+                job._ended.record()
         job._issued.set()
-        for source_address, target_address, nbytes in on_host:
-            self._move(source_address, target_address, nbytes)
+        for source, target, nbytes in on_host:
+            for at in range(0, nbytes, _STEP_BYTES):
+                self._move(source + at, self._address + target + at, min(_STEP_BYTES, nbytes - at))
         job._host_done.set()
         if job._ended is not None:
-            # Sleeps instead of spinning would be kinder to the other cores, but timing events cannot block.
-            while not job._ended.query():
-                time.sleep(0.0005)
+            job._ended.synchronize()
             job.seconds = job._began.elapsed_time(job._ended) / 1000
         job.seconds = max(job.seconds, 0.0 if on_device else time.perf_counter() - begin)
 
-    def _plan(self, job: CopyJob) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[int, int, int]]]:
-        """Returns (source, target) views of device copies and (source, target, bytes) addresses of host copies."""
-        bases: dict[tuple[int, bool], torch.Tensor] = {}
-        runs = []
-        for pieces, extents in job._work:
+    def _plan(self, job: CopyJob) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """Returns the copies of device memory and of host memory: (address, first byte in the arena, bytes)."""
+        devices: dict[int, bool] = {}
+        runs: list[CopyRun] = []
+        for pieces, extents in job._prepare():
             placed = []
             for piece in pieces:
-                tensor = piece.tensor
-                nbytes = tensor.numel() * tensor.element_size()
-                if not nbytes:
-                    continue
-                storage = tensor.untyped_storage()
-                source = storage.data_ptr()
-                bases.setdefault((source, tensor.is_cuda), tensor)
-                start = int(tensor.storage_offset()) * tensor.element_size()
-                placed.append((source, start, piece.offset, nbytes))
+                if piece.nbytes:
+                    placed.append((piece.source, piece.start, piece.offset, piece.nbytes))
+                    if piece.source not in devices:
+                        devices[piece.source] = piece.tensor.is_cuda
             runs += cut(placed, extents)
         joined = coalesce(runs)
         job.runs, job.nbytes = len(joined), sum(run.nbytes for run in joined)
-        on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
-        on_host: list[tuple[int, int, int]] = []
-        bytes_of: dict[int, torch.Tensor] = {}
+        found: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
         for run in joined:
-            if (run.source, True) in bases:
-                whole = bytes_of.get(run.source)
-                if whole is None:
-                    storage = bases[run.source, True].untyped_storage()
-                    whole = torch.empty(0, dtype=torch.uint8, device=bases[run.source, True].device).set_(storage)
-                    bytes_of[run.source] = whole
-                target = self._memory[run.target : run.target + run.nbytes]
-                on_device.append((whole[run.start : run.start + run.nbytes], target))
-            else:
-                for at in range(0, run.nbytes, _STEP_BYTES):
-                    count = min(_STEP_BYTES, run.nbytes - at)
-                    on_host.append((run.source + run.start + at, self._address + run.target + at, count))
-        return on_device, on_host
+            found[not devices[run.source]].append((run.source + run.start, run.target, run.nbytes))
+        return found
 
     def _move(self, source: int, target: int, nbytes: int) -> None:
         ctypes.memmove(target, source, nbytes)

@@ -6,6 +6,7 @@ hyper-parameters) goes through here, so that reading a checkpoint never runs cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from moc_ckpt.errors import FormatError, NotPlainError
 __all__ = ["decode_plain", "encode_plain"]
 
 _TAG = "$"
+# What msgpack can hold as a number.
+_INTS = range(-(2**63), 2**64)
 
 
 def encode_plain(value: Any, root: str) -> bytes:
@@ -54,11 +57,11 @@ def _pack(value: Any, path: str) -> Any:
             raise _not_plain(value, path)
         return value
     if type(value) is int:
-        return value if -(2**63) <= value < 2**64 else {_TAG: "int", "v": str(value)}
+        return value if value in _INTS else {_TAG: "int", "v": str(value)}
     if type(value) is list:
-        return [_pack(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return _pack_items(value, path)
     if type(value) is tuple:
-        return {_TAG: "tuple", "v": [_pack(item, f"{path}[{i}]") for i, item in enumerate(value)]}
+        return {_TAG: "tuple", "v": _pack_items(value, path)}
     if type(value) in (set, frozenset):
         return {_TAG: type(value).__name__, "v": [_pack(item, f"{path}{{}}") for item in value]}
     if isinstance(value, dict):
@@ -83,6 +86,13 @@ def _pack(value: Any, path: str) -> Any:
     if isinstance(value, torch.device):
         return {_TAG: "device", "v": str(value)}
     raise _not_plain(value, path)
+
+
+def _pack_items(values: Sequence[Any], path: str) -> list[Any]:
+    # Generators have states of hundreds of numbers, and are saved with every snapshot.
+    if set(map(type, values)) == {int} and min(values) >= _INTS.start and max(values) < _INTS.stop:
+        return list(values)
+    return [_pack(item, f"{path}[{i}]") for i, item in enumerate(values)]
 
 
 def _pack_array(tag: str, array: np.ndarray) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["EXPERTS_MARK", "MoELayer", "UnitMap", "Version", "dense_unit", "expert_unit", "parse_expert_unit"]
@@ -35,6 +36,7 @@ class MoELayer:
     num_experts: int
 
 
+@lru_cache(maxsize=1 << 16)
 def expert_unit(layer: int, expert: int) -> str:
     """Returns the unit name of one expert of one MoE layer (both counted from 0; the expert id is global)."""
     return f"expert/{layer}/{expert}"

@@ -46,7 +46,7 @@ def test_one_copy_of_gigabytes(arena: Arena) -> None:
     stager = Stager(memory, device, deadline_s=60.0)
     ended = threading.Event()
     try:
-        job = stager.start([([Piece(source, 0)], slot.extents)], lambda job: ended.set())
+        job = stager.start(lambda: [([Piece(source, 0)], slot.extents)], lambda job: ended.set())
         # What the copy reads is overwritten as soon as the device may; the host waits only for the copy to be issued.
         stager.before_update()
         source.zero_()

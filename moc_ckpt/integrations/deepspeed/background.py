@@ -29,7 +29,8 @@ from moc_ckpt.pec.rotation import Rotation
 from moc_ckpt.persist.protocol import Outcome, Retention
 from moc_ckpt.snapshot.local_slots import DENSE_UNIT, EXTRA_UNIT, LocalSlots, Version
 from moc_ckpt.snapshot.slots import Slot
-from moc_ckpt.snapshot.stager import CopyJob
+from moc_ckpt.snapshot.sources import UnitSource
+from moc_ckpt.snapshot.stager import CopyJob, Piece, Work
 from moc_ckpt.state.plain import encode_plain
 from moc_ckpt.state.unit import expert_unit
 from moc_ckpt.storage.checkpoint import write_failure
@@ -56,7 +57,8 @@ class Round:
         call: what it is about, equal on all ranks.
         arguments: arguments of save_checkpoint.
         counts: returns this rank's token counts.
-        can_fill: the arena has room for another snapshot after this one.
+        can_fill: tells whether the arena has room for another snapshot after this one.
+        confirm: acts in memory upon what the vote says about the snapshot before.
         attempt: attempt that the slots' versions belong to; 0 if none is open.
         snapshot: it began a snapshot.
         places: experts of that.
@@ -77,7 +79,8 @@ class Round:
     call: tuple[object, ...]
     arguments: tuple[object, ...] = ()
     counts: Callable[[], np.ndarray] = field(default=lambda: np.zeros(0, dtype=np.int64))
-    can_fill: bool = True
+    can_fill: Callable[[], bool] = field(default=lambda: True)
+    confirm: Callable[[Tally], None] = field(default=lambda _: None)
     attempt: int = 0
     snapshot: bool = False
     places: frozenset[Place] = frozenset()
@@ -131,7 +134,7 @@ class Background:
             buffers = digest(*(encode_plain(captured.buffers[name].cpu(), name) for name in reader.shared_buffers))
         return Status(
             counts=current.counts(),
-            can_fill=current.can_fill,
+            can_fill=current.can_fill(),
             filled=previous is None or previous.error is None,
             settled=tuple(save.outcome is not None for save in current.saves),
             failed=tuple(save.error() is not None for save in current.saves),
@@ -144,10 +147,30 @@ class Background:
     def _finish(self, current: Round, totals: Ballot) -> tuple[Tally, Ledger]:
         pec = self._moc.pec
         tally = Tally.of(totals, world=self._world, counts=pec.counts_size, saves=len(current.saves))
+        current.confirm(tally)
         ledger = pec.add_counts(current.base, tally.counts)
         if current.snapshot or current.save is not None:
             self.learnt[current.step] = ledger.learnt
         return tally, ledger
+
+    def place(self, current: Round, work: Sequence[tuple[UnitSource, tuple[Piece, ...]]]) -> Work:
+        """Takes slots for a snapshot's units; runs in the stager's thread.
+
+        Args:
+            current: the snapshot's round.
+            work: the units and what to copy of them.
+
+        Returns:
+            What to copy where.
+
+        Raises:
+            StorageError: if there is no room; the vote before had promised some.
+        """
+        versions = self.slots.begin([source for source, _ in work], attempt=current.attempt, step=current.step)
+        if versions is None:
+            raise StorageError("the arena has no room for a snapshot", where=str(self._host.arena.path))
+        current.versions = versions
+        return [(pieces, version.slot.extents) for (_, pieces), version in zip(work, versions, strict=True)]
 
     def copied(self, current: Round, job: CopyJob) -> None:
         """Takes in that a snapshot's copies have ended; runs in the stager's thread."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moc_ckpt.errors import MocError, RankError, RendezvousTimeoutError, StorageError
+from moc_ckpt.errors import MocError, RankError, RendezvousTimeoutError
 from moc_ckpt.integrations.deepspeed.background import Background, Round
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.host import Host
@@ -70,6 +70,7 @@ class Pipeline:
         self._saves: list[SaveInFlight] = []
         self._number = 0
         self._provider: Callable[[], Mapping[str, Any]] | None = None
+        self._proven = False
         self._broken: Exception | None = None
         self._unreported: list[MocError] = []
         self.reset(None)
@@ -78,7 +79,7 @@ class Pipeline:
 
     def register_state(self, provider: Callable[[], Mapping[str, Any]] | None) -> None:
         """Sets what gives automatic snapshots the caller's client state; called on rank 0 at each of them."""
-        self._provider = provider
+        self._provider, self._proven = provider, False
 
     def before_update(self) -> None:
         """Keeps the optimizer's update behind the copies that read what it overwrites. Never raises."""
@@ -294,8 +295,10 @@ class Pipeline:
             self._report.no_client_state()
             return
         try:
-            trust = self._config.recovery.trust_client_state
-            current.client_state = encode_client_state(dict(self._provider()), trust=trust)
+            # What goes to storage is proven to load; what only stays in memory resembles it.
+            trust, prove = self._config.recovery.trust_client_state, current.save is not None or not self._proven
+            current.client_state = encode_client_state(dict(self._provider()), trust=trust, prove=prove)
+            self._proven = True
         except Exception as error:
             current.error = error
 
@@ -327,20 +330,10 @@ class Pipeline:
         mine += [sources.experts[place] for place in selection.places if place in sources.experts]
         # Two jobs would race for the stream; the last one has long ended unless steps are very short.
         self.tuner.stalled(self.host.stager.join())
-        versions = self._slots.begin(mine, attempt=current.attempt, step=step)
-        if versions is None:
-            current.error = current.error or StorageError(
-                "the arena has no room for a snapshot", where=str(self.host.arena.path)
-            )
-            return
-        current.versions = versions
-        work = [
-            (self._live.reader.pieces(version.source, captured), version.slot.extents)
-            for version in versions
-            if version.source is not None
-        ]
-        done = partial(self._background.copied, current)
-        current.job = self.host.stager.start(work, done, keep=captured.buffers)
+        reader = self._live.reader
+        work = [(source, reader.pieces(source, captured)) for source in mine]
+        prepare, done = partial(self._background.place, current, work), partial(self._background.copied, current)
+        current.job = self.host.stager.start(prepare, done, keep=captured.buffers)
 
     def _select(self) -> Selection:
         pec, config = self._moc.pec, self._config
@@ -379,20 +372,40 @@ class Pipeline:
         return save
 
     def _submit(self, current: Round) -> None:
-        current.can_fill = self._expects_room()
+        current.can_fill = partial(self._expects_room, current, self._last)
+        current.confirm = partial(self._confirm_slots, self._last)
         self._background.submit(current, self._last)
         self._before, self._last, self._adopted = self._last, current, False
         if current.snapshot:
             self._unconfirmed = current
 
-    def _expects_room(self) -> bool:
-        """Tells whether the next snapshot will find room, once the one before this round is confirmed."""
-        last, confirmed, units = self._last, self._memory.confirmed, []
-        if last is not None and last.snapshot:
-            confirmed = max(confirmed, last.step)
-            units = [expert_unit(*place) for place in last.places]
+    def _expects_room(self, current: Round, before: Round | None) -> bool:
+        """Tells whether the next snapshot will find room, once the one before this round is confirmed.
+
+        Runs in the votes' thread; until the vote's result is taken in, nobody else changes what it reads.
+        """
+        if current.job is not None:
+            current.job.wait_planned(self._config.timeouts.commit_s)
+        confirmed, units = self._memory.confirmed, []
+        if before is not None and before.snapshot:
+            confirmed = max(confirmed, before.step)
+            units = [expert_unit(*place) for place in before.places]
         dense, experts = self._slots.room_after(confirmed, units)
         return dense >= self.host.dense_bytes and experts >= self.host.window_bytes(self.tuner.k)
+
+    def _confirm_slots(self, before: Round | None, tally: Tally) -> None:
+        """Acts in memory upon whether the snapshot before a vote is whole everywhere.
+
+        Runs in the votes' thread, before the vote's result is there: the training thread finds it done.
+        """
+        if before is None or not before.snapshot or not tally.agreed:
+            return
+        if tally.filled:
+            older = self._memory.confirm(before.step)
+            self._slots.confirm(before.step, [expert_unit(*place) for place in {*older, *before.places}])
+        else:
+            self._memory.drop(before.step)
+            self._slots.drop(before.step)
 
     # ------------------------------------------------------------------------------------------ after a vote
 
@@ -422,20 +435,14 @@ class Pipeline:
             self._report.retuned(self.tuner)
 
     def _confirm(self, tally: Tally) -> None:
-        """Acts upon whether the snapshot before the last vote is whole everywhere."""
+        """Acts upon whether the snapshot before the last vote is whole everywhere; its slots were seen to already."""
         before = self._before
         if before is None or not before.snapshot:
             return
         if self._unconfirmed is before:
             self._unconfirmed = None
-        if tally.filled:
-            older = self._memory.confirm(before.step)
-            self._slots.confirm(before.step, [expert_unit(*place) for place in {*older, *before.places}])
-        else:
-            self._memory.drop(before.step)
-            self._slots.drop(before.step)
-            if self._copied_at == before.step:
-                self._copied_at = -1
+        if not tally.filled and self._copied_at == before.step:
+            self._copied_at = -1
         live = self._memory.steps() | {step for save in self._saves for step in (save.step, *save.experts.values())}
         for step in [step for step in self._background.learnt if step not in live]:
             del self._background.learnt[step]
