@@ -57,8 +57,6 @@ class Round:
         call: what it is about, equal on all ranks.
         arguments: arguments of save_checkpoint.
         counts: returns this rank's token counts.
-        can_fill: tells whether the arena has room for another snapshot after this one.
-        confirm: acts in memory upon what the vote says about the snapshot before.
         attempt: attempt that the slots' versions belong to; 0 if none is open.
         snapshot: it began a snapshot.
         places: experts of that.
@@ -79,8 +77,6 @@ class Round:
     call: tuple[object, ...]
     arguments: tuple[object, ...] = ()
     counts: Callable[[], np.ndarray] = field(default=lambda: np.zeros(0, dtype=np.int64))
-    can_fill: Callable[[], bool] = field(default=lambda: True)
-    confirm: Callable[[Tally], None] = field(default=lambda _: None)
     attempt: int = 0
     snapshot: bool = False
     places: frozenset[Place] = frozenset()
@@ -119,22 +115,36 @@ class Background:
         self._empty = encode_client_state({}, trust=False) if self._rank == 0 else b""
         self.learnt: dict[int, Sequence[np.ndarray]] = {}
 
-    def submit(self, current: Round, previous: Round | None) -> None:
-        """Hands a round over; what it says about the snapshot of the round before is known by its turn."""
+    def submit(
+        self,
+        current: Round,
+        previous: Round | None,
+        has_room: Callable[[Round, Round | None], bool],
+        confirm: Callable[[Round, Tally], None],
+    ) -> None:
+        """Hands a round over; what it says about the snapshot of the round before is known by its turn.
+
+        Args:
+            current: the round. It must not refer to older ones: that would keep them all.
+            previous: the round before it.
+            has_room: tells whether there is room for another snapshot after this one; called in the votes' thread.
+            confirm: acts in memory upon what the vote says about the previous round; likewise.
+        """
         votes, sizes = self._host.votes, Status.sizes(self._moc.pec.counts_size)
         what = f"the vote of step {current.step}"
-        current.result = votes.submit(
-            what, sizes, partial(self._ballot, current, previous), partial(self._finish, current)
-        )
+        ballot = partial(self._ballot, current, previous, has_room)
+        current.result = votes.submit(what, sizes, ballot, partial(self._finish, current, previous, confirm))
         votes.post(partial(self._complete, current))
 
-    def _ballot(self, current: Round, previous: Round | None) -> Ballot:
+    def _ballot(
+        self, current: Round, previous: Round | None, has_room: Callable[[Round, Round | None], bool]
+    ) -> Ballot:
         captured, reader, buffers = current.captured, current.live.reader, 0
         if captured is not None and reader.shared_buffers:
             buffers = digest(*(encode_plain(captured.buffers[name].cpu(), name) for name in reader.shared_buffers))
         return Status(
             counts=current.counts(),
-            can_fill=current.can_fill(),
+            can_fill=has_room(current, previous),
             filled=previous is None or previous.error is None,
             settled=tuple(save.outcome is not None for save in current.saves),
             failed=tuple(save.error() is not None for save in current.saves),
@@ -144,10 +154,13 @@ class Background:
             **self._tuner.rates(),
         ).ballot()
 
-    def _finish(self, current: Round, totals: Ballot) -> tuple[Tally, Ledger]:
+    def _finish(
+        self, current: Round, previous: Round | None, confirm: Callable[[Round, Tally], None], totals: Ballot
+    ) -> tuple[Tally, Ledger]:
         pec = self._moc.pec
         tally = Tally.of(totals, world=self._world, counts=pec.counts_size, saves=len(current.saves))
-        current.confirm(tally)
+        if previous is not None and previous.snapshot and tally.agreed:
+            confirm(previous, tally)
         ledger = pec.add_counts(current.base, tally.counts)
         if current.snapshot or current.save is not None:
             self.learnt[current.step] = ledger.learnt

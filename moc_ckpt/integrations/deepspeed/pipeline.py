@@ -372,9 +372,7 @@ class Pipeline:
         return save
 
     def _submit(self, current: Round) -> None:
-        current.can_fill = partial(self._expects_room, current, self._last)
-        current.confirm = partial(self._confirm_slots, self._last)
-        self._background.submit(current, self._last)
+        self._background.submit(current, self._last, self._expects_room, self._confirm_slots)
         self._before, self._last, self._adopted = self._last, current, False
         if current.snapshot:
             self._unconfirmed = current
@@ -393,13 +391,11 @@ class Pipeline:
         dense, experts = self._slots.room_after(confirmed, units)
         return dense >= self.host.dense_bytes and experts >= self.host.window_bytes(self.tuner.k)
 
-    def _confirm_slots(self, before: Round | None, tally: Tally) -> None:
+    def _confirm_slots(self, before: Round, tally: Tally) -> None:
         """Acts in memory upon whether the snapshot before a vote is whole everywhere.
 
         Runs in the votes' thread, before the vote's result is there: the training thread finds it done.
         """
-        if before is None or not before.snapshot or not tally.agreed:
-            return
         if tally.filled:
             older = self._memory.confirm(before.step)
             self._slots.confirm(before.step, [expert_unit(*place) for place in {*older, *before.places}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cpu_seconds", "descendants", "matching", "resident_bytes", "shared_bytes"]
+__all__ = ["cpu_seconds", "descendants", "descriptors", "matching", "resident_bytes", "shared_bytes", "threads"]
 
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -28,6 +28,22 @@ def resident_bytes(pid: int) -> int:
         return 0
     found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
     return int(found[0]) * 1024 if found else 0
+
+
+def descriptors(pid: int) -> int:
+    """Returns the number of open descriptors of a process; 0 if it is gone."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return 0
+
+
+def threads(pid: int) -> int:
+    """Returns the number of threads of a process; 0 if it is gone."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return 0
 
 
 def descendants(pid: int) -> set[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from _stall import process
-from _stall.agents import job_folder
+from _stall.agents import agents_of, job_folder
 from _stall.arms import PEERS, Arm, ArmError, blocks
 from _stall.numbers import Block, merge_ranks, summarise
 from _stall.raw_write import raw_write
@@ -200,9 +200,7 @@ class Bench:
         """Returns processor seconds of agents and helper processes since the last call, and their memory."""
         if not self._first_local:
             return 0.0, 0
-        pids = process.descendants(os.getpid()) | process.matching(
-            "moc_ckpt.persist.agent", os.environ["MOC_BENCH_JOB"]
-        )
+        pids = process.descendants(os.getpid()) | agents_of(job_folder(arm))
         now = {pid: process.cpu_seconds(pid) for pid in pids}
         used = sum(max(0.0, seconds - self._seen.get(pid, 0.0)) for pid, seconds in now.items())
         self._seen = now
