@@ -76,7 +76,7 @@ class Work:
         self._stores: dict[str, Store] = {}
         self._flights: dict[str, Flight] = {}
         self._counts: dict[tuple[str, int], Counts] = {}
-        self._prefixes: dict[tuple[str, int], str] = {}
+        self._prefixes: dict[tuple[str, int], set[str]] = {}
         self._events = EventWriter(self._store, node)
         self._watchers = 0
         self._closing = False
@@ -122,7 +122,7 @@ class Work:
             self._jobs[name] = job
             self._queue.append(job)
             if request.run_prefix:
-                self._prefixes[who] = request.run_prefix
+                self._prefixes.setdefault(who, set()).add(request.run_prefix)
             if not save.watched:
                 save.watched = True
                 self._watchers += 1
@@ -429,7 +429,7 @@ class Work:
         key = save.key
         with self._mutex:
             flight = self._flights.setdefault(key.url, Flight())
-            prefixes = tuple(sorted({prefix for prefix in self._prefixes.values() if prefix}))
+            prefixes = tuple(sorted(set().union(*self._prefixes.values())))
         flight.finish(key.save_id)
         if ending.committed and ending.decided_here:
             _log.info("committed %s (step %d) in %s", key.tag, key.step, key.url)

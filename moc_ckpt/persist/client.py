@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,6 +92,17 @@ def start_agent(folder: Path, job: str, *, linger_s: float) -> None:
         raise StorageError(
             f"the agent cannot be started: {error}", where=str(folder), fix="check /bin/sh, Python and process limits"
         ) from error
+
+
+def _ready(reads: Sequence[socket.socket], writes: Sequence[socket.socket], timeout_s: float) -> None:
+    """Waits until one of the sockets can be read, or written; unlike `select` for any number of open files."""
+    events: dict[socket.socket, int] = dict.fromkeys(reads, select.POLLIN)
+    for sock in writes:
+        events[sock] = events.get(sock, 0) | select.POLLOUT
+    poll = select.poll()
+    for sock, mask in events.items():
+        poll.register(sock, mask)
+    poll.poll(max(timeout_s, 0.0) * 1000)
 
 
 @dataclass(slots=True)
@@ -212,13 +224,16 @@ class AgentClient:
             self._events.append(event)
         self._ring()
 
-    def close(self, deadline_s: float) -> None:
+    def close(self, deadline_s: float) -> bool:
         """Waits for the answers that are due, says goodbye and disconnects. Never raises.
 
         The agent goes on with what it was given; only nobody here hears of it: the futures fail.
 
         Args:
             deadline_s: seconds to wait for answers.
+
+        Returns:
+            Whether every request was answered.
         """
         end = time.monotonic() + deadline_s
         with self._mutex:
@@ -241,6 +256,7 @@ class AgentClient:
                     fix="`moc-ckpt inspect` shows whether it was committed; raise timeouts.exit_s to wait longer",
                 )
             )
+        return not pending
 
     # ---- the thread ----
 
@@ -277,7 +293,7 @@ class AgentClient:
         """Waits, but not after `close`; new requests do not cut it short."""
         end = time.monotonic() + seconds
         while not self._closing and (left := end - time.monotonic()) > 0:
-            select.select([self._bell], [], [], left)
+            _ready([self._bell], [], left)
             self._hush()
 
     def _hush(self) -> None:
@@ -325,7 +341,7 @@ class AgentClient:
         welcome_by = time.monotonic() + _WELCOME_S
         while True:
             writable = [wire.sock] if wire.unsent else []
-            select.select([wire.sock, self._bell], writable, [], _TICK_S)
+            _ready([wire.sock, self._bell], writable, _TICK_S)
             self._hush()
             try:
                 wire.flush()
@@ -443,7 +459,7 @@ class AgentClient:
             wire.send(Goodbye())
         end = time.monotonic() + 1.0
         while wire.unsent and not wire.ended and time.monotonic() < end:
-            select.select([], [wire.sock], [], 0.1)
+            _ready([], [wire.sock], 0.1)
             wire.flush()
 
     def _why(self) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moc_ckpt.pec.k_values import AUTO
 
 if TYPE_CHECKING:
-    from moc_ckpt.plan.adaptive import KChoice, Measured, Settings
+    from moc_ckpt.plan.adaptive_model import KChoice, Measured, Settings
 
 __all__ = ["why_k", "why_persist", "why_snapshot"]
 

@@ -14,7 +14,8 @@ import os
 import shutil
 import stat
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -35,15 +36,17 @@ from moc_ckpt.snapshot.arena_format import (
     unpack_header,
     unpack_identity,
 )
+from moc_ckpt.snapshot.places import UNNAMED, agent_lock_path, find_arenas
 from moc_ckpt.snapshot.records import GRAIN, Slot
 from moc_ckpt.snapshot.slots import SlotTable
 from moc_ckpt.storage.local import raise_storage_error
 
-__all__ = ["Arena", "ArenaSpec", "Identity", "writer_pid"]
+__all__ = ["Arena", "ArenaSpec", "Identity", "forsaken", "writer_pid"]
 
 _POPULATE_PIECE = 64 << 20
 _RESERVE_PIECE = 1 << 30
 _MADV_POPULATE_WRITE = 23
+_STARTING_S = 600.0
 _ROOM_FIX = (
     "give shared memory more room (docker run --shm-size=…, Kubernetes: an emptyDir with medium: Memory, a host: mount "
     "-o remount,size=… /dev/shm), or name a larger tmpfs in MOC_SHM_DIR; or lower host.memory_budget_gib or "
@@ -285,6 +288,11 @@ class Arena:
         os.close(self._fd)
         self._fd = -1
 
+    def move(self, path: Path) -> None:
+        """Gives the file another name, that of another arena perhaps, which is then gone."""
+        self.path.replace(path)
+        self.path = path
+
     def unlink(self) -> None:
         """Removes the file, if it is still there; its memory is freed once nobody has it mapped."""
         self.path.unlink(missing_ok=True)
@@ -313,6 +321,40 @@ def writer_pid(path: Path) -> int | None:
     finally:
         os.close(fd)
     return None if kind == fcntl.F_UNLCK else max(pid, 0)
+
+
+def forsaken(base: Path, own: Container[Path] = ()) -> list[Path]:
+    """Returns the directories of unnamed jobs that are over: no arena has a writer and no agent lives.
+
+    Args:
+        base: the directory of all of this user's jobs.
+        own: arenas of this process, whose directories are not looked at: it would lose their locks.
+    """
+    found = []
+    for folder in base.glob(f"{UNNAMED}*"):
+        with suppress(OSError, StorageError):
+            arenas = find_arenas(folder)
+            # A job that is just starting has neither arenas nor an agent yet.
+            if any(path in own for path in arenas) or time.time() - folder.stat().st_mtime < _STARTING_S:
+                continue
+            if not _is_locked(agent_lock_path(folder)) and all(writer_pid(path) is None for path in arenas):
+                found.append(folder)
+    return found
+
+
+def _is_locked(path: Path) -> bool:
+    """Tells whether an agent keeps a lock file; it may not exist."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 # ---- the file ----

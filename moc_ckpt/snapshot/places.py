@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from moc_ckpt.errors import StorageError
 
 __all__ = [
+    "UNNAMED",
     "agent_lock_path",
     "agent_log_path",
     "arena_path",
@@ -23,6 +24,9 @@ __all__ = [
     "parse_arena_path",
     "socket_path",
 ]
+
+UNNAMED = "any."
+"""What the keys of jobs begin with that have neither an id nor a directory: nobody can find them again."""
 
 _KEY_CHARS = 40
 _SOCKET_BYTES = 107  # sockaddr_un has 108, one of them for the end
@@ -47,7 +51,7 @@ def job_key(save_dir: str | os.PathLike[str] | None, environ: Mapping[str, str] 
         safe = re.sub(r"[^A-Za-z0-9_-]", "-", job)
         return safe if safe == job and len(job) <= _KEY_CHARS else f"{safe[: _KEY_CHARS - 11]}-{_hash(job)}"
     if save_dir is None or not os.fspath(save_dir):
-        return f"any.{uuid.uuid4().hex[:10]}"
+        return f"{UNNAMED}{uuid.uuid4().hex[:10]}"
     return f"dir.{_hash(_address(os.fspath(save_dir)))}"
 
 

@@ -83,7 +83,8 @@ class Slot:
     Attributes:
         index: number of its record; it is used again after the slot is freed.
         unit: name of the unit (`dense`, `extra` or an expert unit).
-        attempt: the attempt that produced the bytes.
+        attempt: which timeline of the process the bytes are from: 0, then one more with every restore. Which attempt
+            that is depends on the directory; the arena's identity says it for the one that was opened last.
         step: the step they are from.
         state: what the bytes are.
         nbytes: size of the unit in bytes.

@@ -57,7 +57,7 @@ class Round:
         call: what it is about, equal on all ranks.
         arguments: arguments of save_checkpoint.
         counts: returns this rank's token counts.
-        attempt: attempt that the slots' versions belong to; 0 if none is open.
+        timeline: number of restores of this process before it: versions of an older one must never count as newer.
         snapshot: it began a snapshot.
         places: experts of that.
         versions: this rank's slots of it.
@@ -77,7 +77,7 @@ class Round:
     call: tuple[object, ...]
     arguments: tuple[object, ...] = ()
     counts: Callable[[], np.ndarray] = field(default=lambda: np.zeros(0, dtype=np.int64))
-    attempt: int = 0
+    timeline: int = 0
     snapshot: bool = False
     places: frozenset[Place] = frozenset()
     versions: Sequence[Version] = ()
@@ -140,6 +140,8 @@ class Background:
         self, current: Round, previous: Round | None, has_room: Callable[[Round, Round | None], bool]
     ) -> Ballot:
         captured, reader, buffers = current.captured, current.live.reader, 0
+        if captured is not None:
+            captured.wait()
         if captured is not None and reader.shared_buffers:
             buffers = digest(*(encode_plain(captured.buffers[name].cpu(), name) for name in reader.shared_buffers))
         return Status(
@@ -148,7 +150,8 @@ class Background:
             filled=previous is None or previous.error is None,
             settled=tuple(save.outcome is not None for save in current.saves),
             failed=tuple(save.error() is not None for save in current.saves),
-            call=digest(*current.call),
+            # With what was selected: ranks whose arenas differ must not go different ways.
+            call=digest(*current.call, sorted(current.places)),
             arguments=digest(*current.arguments),
             buffers=buffers,
             **self._tuner.rates(),
@@ -179,7 +182,7 @@ class Background:
         Raises:
             StorageError: if there is no room; the vote before had promised some.
         """
-        versions = self.slots.begin([source for source, _ in work], attempt=current.attempt, step=current.step)
+        versions = self.slots.begin([source for source, _ in work], attempt=current.timeline, step=current.step)
         if versions is None:
             raise StorageError("the arena has no room for a snapshot", where=str(self._host.arena.path))
         current.versions = versions
@@ -245,7 +248,7 @@ class Background:
         # What a part carries, for a recovery that finds nothing but the arena.
         files |= {"optimizer": optimizer, "state": captured.state}
         data, places, descriptor = encode_files(files)
-        slot = self.slots.add_extra(data, descriptor, attempt=current.attempt, step=current.step)
+        slot = self.slots.add_extra(data, descriptor, attempt=current.timeline, step=current.step)
         if slot is None:
             raise StorageError(
                 f"state beside tensors of {len(data):,} bytes does not fit into the arena",
@@ -320,7 +323,8 @@ class Background:
         except Exception as error:
             save.fail(error)
         else:
-            self._tuner.persisted(save, time.perf_counter() - save.submitted)
+            if outcome.committed:
+                self._tuner.persisted(save.nbytes, time.perf_counter() - save.submitted)
             save.outcome = outcome
         self._report.ended(save)
 

@@ -35,12 +35,19 @@ class Captured:
         scalars: the optimizer's scalars and options.
         state: counters, schedulers and scaler, encoded.
         buffers: clones of this rank's persistent buffers, by name.
+        ready: event on the training stream behind the clones; None without a device.
     """
 
     rng: dict[str, Any]
     scalars: CapturedScalars
     state: bytes
     buffers: dict[str, torch.Tensor]
+    ready: Any = None
+
+    def wait(self) -> None:
+        """Waits until the clones are made; other threads have other streams, which do not."""
+        if self.ready is not None:
+            self.ready.synchronize()
 
 
 class StateReader:
@@ -69,7 +76,13 @@ class StateReader:
         # A rank whose own differs from the first replica's keeps it, for a restart in an equal world.
         self.shared_buffers = tuple(sorted(fqn for fqn in self._names if EXPERTS_MARK not in fqn))
         stored = [entry.fragment.fqn for entry in catalog.entries if entry.fragment.kind == WEIGHT]
+        self._on_device = torch.device(self._engine.device).type == "cuda"
         self._stored = [self._weights[fqn] for fqn in stored if fqn not in self._names]
+
+    @property
+    def may_change(self) -> bool:
+        """Tells whether there is state that changes without an update: buffers, and what callers may write to."""
+        return bool(self._buffers or self._stored)
 
     def is_volatile(self, entry: Entry) -> bool:
         """Tells whether an entry may change before the next update: buffers change in forward."""
@@ -103,13 +116,17 @@ class StateReader:
             NotPlainError: if a scheduler has state that is not plain data.
         """
         state = {"engine": capture_engine(self._engine), "underived": sorted(underived), "excluded_frozen": False}
-        return Captured(
+        captured = Captured(
             rng=capture_rng(),
             scalars=self._scalars.capture(),
             # Schedulers hand out their live lists, so these few numbers are encoded at once.
             state=encode_plain(state, "state"),
             buffers={fqn: module._buffers[name].detach().clone() for fqn, module, name in self._buffers},  # type: ignore[union-attr]
         )
+        if self._on_device:
+            captured.ready = torch.cuda.Event()
+            captured.ready.record()
+        return captured
 
     def pieces(self, source: UnitSource, captured: Captured) -> tuple[Piece, ...]:
         """Returns what to copy of a unit: live memory, and clones of what may change before the next update."""

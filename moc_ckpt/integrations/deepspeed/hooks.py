@@ -1,4 +1,4 @@
-"""Hooks into DeepSpeedEngine: four methods are wrapped, nothing else changes.
+"""Hooks into DeepSpeedEngine: five methods are wrapped, nothing else changes.
 
 An engine whose ds_config lacks the key, or says `enabled: false`, runs DeepSpeed's own code.
 """
@@ -30,6 +30,7 @@ def install(module: ModuleType) -> None:
     _wrap_method(engine_class, "save_checkpoint", "save")
     _wrap_method(engine_class, "load_checkpoint", "load")
     _wrap_step(engine_class)
+    _wrap_destroy(engine_class)
 
 
 def _wrap_init(engine_class: type) -> None:
@@ -75,6 +76,19 @@ def _wrap_step(engine_class: type) -> None:
         return result
 
     engine_class.step = step  # type: ignore[attr-defined]
+
+
+def _wrap_destroy(engine_class: type) -> None:
+    original = engine_class.destroy  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def destroy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        moc = getattr(self, "moc", None)
+        if moc is not None:
+            moc.close()
+        return original(self, *args, **kwargs)
+
+    engine_class.destroy = destroy  # type: ignore[attr-defined]
 
 
 def _settings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,8 +24,8 @@ from moc_ckpt.persist.client import AgentClient
 from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello, Status, StatusRequest
 from moc_ckpt.persist.survey import ask_agent
 from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
-from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity, writer_pid
-from moc_ckpt.snapshot.places import arena_path, find_arenas, job_dir, job_key
+from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity, forsaken, writer_pid
+from moc_ckpt.snapshot.places import UNNAMED, arena_path, find_arenas, job_dir, job_key
 from moc_ckpt.snapshot.stager import Stager, register, unregister
 from moc_ckpt.votes import Votes
 
@@ -82,6 +82,9 @@ class Host:
         self.max_k = max(ownership.experts, default=1)
         job, run = comm.from_first("naming the job", lambda: (job_key(config.save_dir), uuid.uuid4().hex[:12]))
         self.job, self.run = job, run
+        self._comm = comm
+        self._made: Arena | None = None
+        self._closed = False
         node = _node()
         nodes = comm.exchange("finding the ranks of each node", lambda: node)
         local_rank, self._neighbours = nodes[: comm.rank].count(node), nodes.count(node)
@@ -93,14 +96,34 @@ class Host:
         # K is the same on all ranks, so the one with the least memory decides.
         self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
         self.keep_committed = need.keep_committed
+        try:
+            self._connect(moc, need, local_rank)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Removes what a failed start has made: nobody else will ever look for it."""
+        for part in (getattr(self, "votes", None), getattr(self, "stager", None)):
+            if part is not None:
+                part.close()
+        if (agent := getattr(self, "agent", None)) is not None:
+            agent.close(0.0)
+        if self._made is not None:
+            self._release(self._made)
+            self._made.unlink()
+
+    def _connect(self, moc: MocCheckpoint, need: ArenaNeed, local_rank: int) -> None:
+        comm, config = self._comm, self._config
         self.arena: Arena = comm.agree("creating the arena", lambda: self._create(need), wait="commit")
         self.stager = self._stager()
-        self.votes = Votes(deadline_s=config.timeouts.rendezvous_s)
+        # A rank may be away for as long as at a commit, evaluating alone, say: a vote that breaks off ends snapshots.
+        self.votes = Votes(deadline_s=config.timeouts.rendezvous_s + config.timeouts.commit_s)
         hello = Hello(
             protocol=PROTOCOL,
             version=moc.version,
-            job=job,
-            run=run,
+            job=self.job,
+            run=self.run,
             rank=comm.rank,
             local_rank=local_rank,
             world=comm.world,
@@ -127,45 +150,75 @@ class Host:
         return found
 
     def grow(self) -> bool:
-        """Makes the arena larger if K needs that now (Dynamic-K, after a restore); what it held is gone then.
+        """Makes the arena larger if K needs that now (Dynamic-K, after a restore), or else K smaller; collective.
 
-        Not collective. Nothing may be under way.
+        Nothing may be under way. What the arena held is gone if there is another one.
 
         Returns:
             Whether there is another arena now.
-
-        Raises:
-            StorageError: if there is no room for it.
         """
+        config = self._config
+        if config.k_snapshot == AUTO or config.selection == "full":
+            return False  # the arena has room for `max_k`, and K stays within that
+        need = self._affordable(config.k_snapshot)
+        if all(self._comm.exchange("looking whether K fits", lambda: need is not None and self._fits(need))):
+            return False
+        larger = None
         try:
-            need = self._need()
+            # Beside the old one, since it may turn out that there is no room for it on some rank.
+            if need is not None:
+                larger = self._create(need, beside=True)
+        except Exception as error:
+            logger.warning("no larger arena: %s", error)
+        if all(self._comm.exchange("making a larger arena", lambda: larger is not None, wait="commit")):
+            assert larger is not None
+            self.stager.close()
+            self._release(self.arena)
+            larger.move(self.arena.path)
+            self.arena = larger
+            self.stager = self._stager()
+            return True
+        if larger is not None:
+            self._release(larger)
+            larger.unlink()
+        self.max_k = min(self._comm.exchange("agreeing on K", self._largest_k))
+        if self._rank == 0:
+            logger.warning("K of snapshots stays at %d: there is no memory for more", self.max_k)
+        return False
+
+    def _affordable(self, k: K) -> ArenaNeed | None:
+        try:
+            return apply_budget(self._need_of(k), self._budget())
         except ConfigError as error:
-            logger.warning("K stays at what memory has room for: %s", error.what)
-            self.max_k = max(min(self.max_k, max(self._pec.snapshot_k(self._config.k_snapshot))) // 2, 1)
-            return False
-        if need.dense <= self.arena.spec.dense and need.experts <= self.arena.spec.experts:
-            return False
-        self.stager.close()
-        self._release()
-        self.arena.unlink()
-        self.arena = self._create(need)
-        self.stager = self._stager()
-        return True
+            logger.warning("%s", error.what)
+            return None
+
+    def _fits(self, need: ArenaNeed) -> bool:
+        return need.dense <= self.arena.spec.dense and need.experts <= self.arena.spec.experts
+
+    def _largest_k(self) -> int:
+        """Returns the largest K that the present arena has room for."""
+        for k in range(max(self._pec.full_k, default=1), 1, -1):
+            self.max_k = k
+            if self._fits(self._need_of(k)):
+                return k
+        return 1
 
     def _stager(self) -> Stager:
         memory = torch.from_numpy(self.arena.array)
         return Stager(memory, self.device, deadline_s=self._config.timeouts.commit_s)
 
-    def _release(self) -> None:
-        unregister(torch.from_numpy(self.arena.array[: self.arena.spec.reserved]))
-        self.arena.close()
-        _own.discard(self.arena.path)
+    def _release(self, arena: Arena) -> None:
+        unregister(torch.from_numpy(arena.array[: arena.spec.reserved]))
+        arena.close()
+        _own.discard(arena.path)
 
     def _clear_up(self, *, first: bool) -> None:
         """Removes the arenas of runs of this job that are over, once their agent has written what it was given."""
         if not first:
             return
-        deadline = time.monotonic() + self._config.timeouts.commit_s
+        # The other ranks wait for this one as long as for a commit.
+        deadline = time.monotonic() + self._config.timeouts.commit_s / 2
         told = False
         while (busy := _unfinished(self._folder)) and time.monotonic() < deadline:
             if not told:
@@ -176,11 +229,13 @@ class Host:
             if path not in _own and writer_pid(path) is None:
                 logger.info("removing %s of a run that is over", path.name)
                 path.unlink(missing_ok=True)
+        for folder in forsaken(self._folder.parent, _own):
+            logger.info("removing %s, which no run can find any more", folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _need(self) -> ArenaNeed:
         """Sizes the arena; with K `auto` it is as large as the budget, or else shared memory, allows."""
-        config = self._config
-        budget = None if config.host.memory_budget_gib is None else int(config.host.memory_budget_gib * 2**30)
+        config, budget = self._config, self._budget()
         if budget is None and config.k_snapshot == AUTO and config.selection != "full":
             budget = int(shutil.disk_usage(self._folder).free * _ROOM_SHARE) // self._neighbours
         while True:
@@ -192,6 +247,10 @@ class Host:
                 if config.k_snapshot != AUTO or config.selection == "full" or self.max_k <= 1:
                     raise
                 self.max_k -= 1
+
+    def _budget(self) -> int | None:
+        budget = self._config.host.memory_budget_gib
+        return None if budget is None else int(budget * 2**30)
 
     def _need_of(self, k: K) -> ArenaNeed:
         config = self._config
@@ -207,10 +266,10 @@ class Host:
             keep_committed=config.host.keep_committed,
         )
 
-    def _create(self, need: ArenaNeed) -> Arena:
+    def _create(self, need: ArenaNeed, *, beside: bool = False) -> Arena:
         begin = time.perf_counter()
         spec = ArenaSpec(need.dense, need.experts, _EXTRA_BYTES, need.slots)
-        path = arena_path(self._folder, self.run, self._rank)
+        path = arena_path(self._folder, f"{self.run}-larger" if beside else self.run, self._rank)
         identity = Identity(
             job=self.job,
             run=self.run,
@@ -231,6 +290,7 @@ class Host:
             arena.close()
             arena.unlink()
             raise
+        self._made = arena
         if self._rank == 0:
             logger.info(
                 "arena: %.2f GiB of shared memory per rank (%s), ready in %.1f s",
@@ -245,11 +305,16 @@ class Host:
         self.agent.event(Event(url=url, event=kind, attempt=attempt, step=step, fields=fields))
 
     def close(self) -> None:
-        """Lets go of everything; the arena's file stays for a recovery. Doing it again changes nothing."""
+        """Lets go of everything; the arena's file stays for a recovery that can find it. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
         self.votes.close()
         self.stager.close()
-        self.agent.close(_CONNECT_S)
-        self._release()
+        answered = self.agent.close(_CONNECT_S)
+        self._release(self.arena)
+        if answered and self.job.startswith(UNNAMED):
+            self.arena.unlink()
 
 
 def _unfinished(folder: Path) -> list[int]:

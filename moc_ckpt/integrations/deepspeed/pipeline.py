@@ -20,11 +20,12 @@ from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.host import Host
 from moc_ckpt.integrations.deepspeed.in_flight import Directory, SaveInFlight
 from moc_ckpt.integrations.deepspeed.live_state import StateFinder
+from moc_ckpt.integrations.deepspeed.open_directories import OpenDirectories
 from moc_ckpt.integrations.deepspeed.pipeline_report import PipelineReport
 from moc_ckpt.integrations.deepspeed.rounds import MAX_IN_FLIGHT, Tally
 from moc_ckpt.integrations.deepspeed.save import SaveRequest
 from moc_ckpt.integrations.deepspeed.tuning import Tuner
-from moc_ckpt.pec.holdings import DirectoryVersions, MemoryVersions, plan_persist, plan_snapshot
+from moc_ckpt.pec.holdings import MemoryVersions, plan_persist, plan_snapshot
 from moc_ckpt.pec.selector import SaveHistory, Selection
 from moc_ckpt.snapshot.local_slots import DENSE_UNIT, LocalSlots
 from moc_ckpt.state.unit import expert_unit
@@ -37,6 +38,8 @@ __all__ = ["Pipeline"]
 
 logger = logging.getLogger("moc_ckpt")
 
+# Votes that free nothing while no save is under way: the last snapshot is confirmed by the first of them.
+_IDLE_VOTES = 4
 # Between two looks at saves that somebody waits for.
 _POLL_S = 0.01
 
@@ -61,14 +64,16 @@ class Pipeline:
         self._memory = MemoryVersions([layer.num_experts for layer in moc.view.names.layers])
         self._finder = StateFinder(moc)
         self._live = self._finder.find()
+        self._may_change = any(moc.comm.exchange("looking for buffers", lambda: self._live.reader.may_change))
         self.host = Host(moc, self._finder.slot_ownership(self._live))
         self.tuner = Tuner(moc.config, moc.pec, self.host, self._rank)
         self._slots = LocalSlots(self.host.arena, keep_committed=self.host.keep_committed)
         self._report = PipelineReport(moc, self.host)
         self._background = Background(moc, self.host, self._slots, self.tuner, self._report)
-        self._directories: dict[str, Directory] = {}
+        self._directories = OpenDirectories(moc, self._report, self.host, self._memory.experts)
         self._saves: list[SaveInFlight] = []
         self._number = 0
+        self._timeline = -1
         self._provider: Callable[[], Mapping[str, Any]] | None = None
         self._proven = False
         self._broken: Exception | None = None
@@ -125,15 +130,13 @@ class Pipeline:
         Raises:
             MocError: on all ranks, if it cannot begin.
         """
-        self._check_alive()
         begin = time.perf_counter()
         moc, step = self._moc, int(self._moc.engine.global_steps)
         check_tag(request.tag)
-        if request.save_dir not in self._directories:
-            # The ranks meet here, so what is wrong with the arguments raises on all of them. Later saves do not meet:
-            # their errors fail the save, and `wait` raises them.
+        if not self._directories.is_open(request.save_dir):
+            # The ranks meet here, so bad arguments raise on all. Later errors fail the save, and `wait` raises them.
             moc.comm.agree("checking client_state", partial(self._encode, request), wait="rendezvous")
-        directory = self._open(request.save_dir)
+        directory = self._directories.open(request.save_dir)
         call = ("save", step)
         self._settle(call)
         self._refresh(may_meet=True)
@@ -149,6 +152,14 @@ class Pipeline:
         self._submit(current)
         self.tuner.snapshot_took(time.perf_counter() - begin)
         return save
+
+    def must_block(self) -> bool:
+        """Tells whether a save at this step cannot go through memory; equal on all ranks.
+
+        Snapshots have ended; or this step was copied already, and state has changed since that no update changes.
+        """
+        copied = self._copied_at == int(self._moc.engine.global_steps)
+        return self._broken is not None or (copied and self._may_change)
 
     def wait(self, timeout_s: float, only: SaveInFlight | None = None) -> None:
         """Waits until saves of this rank have ended. Not collective.
@@ -208,15 +219,16 @@ class Pipeline:
         self._copied_at = -1
         self._adopted = True
         self._room = True
+        self._timeline += 1
 
     def make_room(self) -> None:
-        """Makes the arena larger if Dynamic-K wants more than it was made for. Not collective; on all ranks."""
+        """Makes the arena larger if Dynamic-K wants more than it was made for; collective."""
         if self.host.grow():
             self._slots = self._background.slots = LocalSlots(self.host.arena, keep_committed=self.host.keep_committed)
 
     def forget_directory(self, save_dir: str) -> None:
         """Forgets what a directory holds: a save that did not go through here has changed it."""
-        self._directories.pop(save_dir, None)
+        self._directories.forget(save_dir)
 
     def close(self, timeout_s: float) -> None:
         """Waits for saves under way, then lets go of agent and arena. Not collective."""
@@ -238,6 +250,9 @@ class Pipeline:
             if stored != self._finder.stored:
                 # Experts consist of other tensors now: versions from before must not meet new ones.
                 self._memory.forget()
+            self.host.stager.join()
+            self._slots.free_all()
+            self._copied_at = -1
 
     def _automatic(self, step: int, *, persist: bool) -> None:
         call, waits = ("step", step), self._config.host.on_busy == "wait"
@@ -268,22 +283,11 @@ class Pipeline:
         """Returns save_dir, opened; collective the first time. None if it cannot be used now."""
         save_dir = str(self._config.save_dir)
         try:
-            return self._open(save_dir)
+            return self._directories.open(save_dir)
         except MocError as error:
             self._unreported.append(error)
             self._report.not_opened(save_dir, error)
             return None
-
-    def _open(self, save_dir: str) -> Directory:
-        """Returns a directory that is ready for saves; collective the first time."""
-        if save_dir not in self._directories:
-            opened = self._moc.directories.open_directory(save_dir)
-            history = self._moc.pec.history(opened.store.url) or SaveHistory.start(self._memory.experts)
-            versions = DirectoryVersions(history, dict(opened.stored))
-            self._directories[save_dir] = Directory(opened.store, opened.attempt, opened.run_prefix, versions)
-            self._report.opened(opened.store.url, opened.attempt)
-            self.host.arena.update_identity(url=opened.store.url, attempt=opened.attempt)
-        return self._directories[save_dir]
 
     def _encode(self, request: SaveRequest) -> bytes:
         if self._rank:
@@ -295,7 +299,7 @@ class Pipeline:
             self._report.no_client_state()
             return
         try:
-            # What goes to storage is proven to load; what only stays in memory resembles it.
+            # What goes to storage is proven to load.
             trust, prove = self._config.recovery.trust_client_state, current.save is not None or not self._proven
             current.client_state = encode_client_state(dict(self._provider()), trust=trust, prove=prove)
             self._proven = True
@@ -310,7 +314,7 @@ class Pipeline:
             rotation=self._history.rotation,
             saves=list(self._saves),
             call=call,
-            attempt=self._attempt(),
+            timeline=self._timeline,
             counts=self._moc.pec.take_counts(),
         )
 
@@ -329,7 +333,7 @@ class Pipeline:
         mine = [sources.dense] if sources.dense is not None else []
         mine += [sources.experts[place] for place in selection.places if place in sources.experts]
         # Two jobs would race for the stream; the last one has long ended unless steps are very short.
-        self.tuner.stalled(self.host.stager.join())
+        self.host.stager.join()
         reader = self._live.reader
         work = [(source, reader.pieces(source, captured)) for source in mine]
         prepare, done = partial(self._background.place, current, work), partial(self._background.copied, current)
@@ -410,10 +414,9 @@ class Pipeline:
         last = self._last
         if last is None or self._adopted:
             return
-        begin = time.perf_counter()
+        # The vote has a deadline of its own, behind that of the copies before it.
         config = self._config.timeouts
-        tally, ledger = last.result.result(config.rendezvous_s + config.commit_s)
-        self.tuner.stalled(time.perf_counter() - begin)
+        tally, ledger = last.result.result(2 * (config.rendezvous_s + config.commit_s))
         self._adopted = True
         if not tally.agreed:
             raise RankError(
@@ -440,7 +443,7 @@ class Pipeline:
         if not tally.filled and self._copied_at == before.step:
             self._copied_at = -1
         live = self._memory.steps() | {step for save in self._saves for step in (save.step, *save.experts.values())}
-        for step in [step for step in self._background.learnt if step not in live]:
+        for step in self._background.learnt.keys() - live:
             del self._background.learnt[step]
 
     def _end_save(self, save: SaveInFlight, *, committed: bool) -> None:
@@ -465,13 +468,14 @@ class Pipeline:
         """
         timeouts = self._config.timeouts
         deadline = time.monotonic() + timeouts.commit_s + timeouts.rendezvous_s
-        begin = time.perf_counter()
+        idle = 0
         self._adopt()
         while self._saves or not self._room:
+            idle = 0 if self._saves else idle + 1
             for save in self._saves:
                 while save.outcome is None and time.monotonic() < deadline:
                     time.sleep(_POLL_S)
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or idle > _IDLE_VOTES:
                 raise RendezvousTimeoutError(
                     f"waited in vain for {', '.join(save.tag for save in self._saves) or 'room in the arena'}",
                     where=f"rank {self._rank} of {self._world}",
@@ -480,22 +484,8 @@ class Pipeline:
                 )
             self._submit(self._round(int(self._moc.engine.global_steps), (*call, "waiting")))
             self._adopt()
-        self.tuner.stalled(time.perf_counter() - begin)
 
     # ------------------------------------------------------------------------------------------ small things
-
-    def _attempt(self) -> int:
-        """Returns the attempt that versions in memory belong to: that of save_dir, else of the first directory."""
-        found = self._directories.get(str(self._config.save_dir)) or next(iter(self._directories.values()), None)
-        return found.attempt if found is not None else 0
-
-    def _check_alive(self) -> None:
-        if self._broken is not None:
-            raise RankError(
-                f"snapshots have ended: {self._broken}",
-                where=f"rank {self._rank} of {self._world}",
-                fix="restart the job; what was committed is as it was",
-            )
 
     def _break(self, error: Exception) -> None:
         """Ends snapshots on this rank; training goes on (invariant I8)."""

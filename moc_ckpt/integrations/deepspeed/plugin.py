@@ -122,11 +122,13 @@ class MocCheckpoint:
         """
         _engines.discard(self)
         self.pec.close()
-        if self.pipeline is not None:
-            pipeline, self.pipeline = self.pipeline, None
-            self._before_update.remove()
-            pipeline.close(self.config.timeouts.exit_s)
-        self.directories.close()
+        try:
+            if self.pipeline is not None:
+                pipeline, self.pipeline = self.pipeline, None
+                self._before_update.remove()
+                pipeline.close(self.config.timeouts.exit_s)
+        finally:
+            self.directories.close()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until every save that this rank knows of is committed. Not collective, but useful on all ranks.
@@ -168,7 +170,8 @@ class MocCheckpoint:
 
         With save_mode `async` it returns once the copy is scheduled; `wait` tells how the save ended. Otherwise it
         returns on all ranks once the checkpoint is committed, and so do saves that do not go through host memory:
-        `full` ones, those that exclude frozen parameters, and those into `memory://`.
+        `full` ones, those that exclude frozen parameters, those into `memory://`, and a second one at a step of a model
+        with buffers or frozen parameters, which may have changed since.
 
         `full` saves every expert, whatever the configuration selects: right for the last checkpoint of a run, from
         which then nothing is lost.
@@ -189,7 +192,7 @@ class MocCheckpoint:
         pipeline = self.pipeline
         if pipeline is not None:
             direct = full or exclude_frozen_parameters or request.save_dir.startswith("memory://")
-            if not direct:
+            if not (direct or pipeline.must_block()):
                 scheduled = pipeline.save(request)
                 if self.config.save_mode == "durable":
                     timeouts = self.config.timeouts
@@ -250,7 +253,7 @@ class MocCheckpoint:
             self.directories.restored(store.url, manifest)
             self.pec.restored(store.url, experts)
             if self.pipeline is not None:
-                self.comm.agree("making room for snapshots", self.pipeline.make_room)
+                self.pipeline.make_room()
         seconds = time.perf_counter() - begin
         self.report.recovered(store, manifest, self.comm.world, seconds, goes_on=request.continues)
         return store.locate(manifest.tag), client_state

@@ -18,7 +18,6 @@ from moc_ckpt.snapshot.stager import CopyJob
 
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.host import Host
-    from moc_ckpt.integrations.deepspeed.in_flight import SaveInFlight
     from moc_ckpt.integrations.deepspeed.pec import PartialExperts
 
 __all__ = ["Tuner"]
@@ -56,7 +55,7 @@ class Tuner:
         self._config = config
         self._pec = pec
         self._ownership = host.ownership
-        self._max_k = host.max_k
+        self._host = host
         self._rank = rank
         self._device = device if device.type == "cuda" else None
         self._auto = (
@@ -140,10 +139,10 @@ class Tuner:
             self._copy_rate = int(job.nbytes / job.seconds)
             self.last_copy = (job.nbytes, job.seconds)
 
-    def persisted(self, save: SaveInFlight, seconds: float) -> None:
-        """Takes in a save that has ended; any thread."""
-        if save.outcome is not None and save.outcome.committed and seconds > 0 and save.nbytes:
-            self._persist_rate = max(int(save.nbytes / seconds), 1)
+    def persisted(self, nbytes: int, seconds: float) -> None:
+        """Takes in a persist that was committed: what this rank wrote, and how long it took; any thread."""
+        if seconds > 0 and nbytes:
+            self._persist_rate = max(int(nbytes / seconds), 1)
 
     def rates(self) -> dict[str, int]:
         """Returns what this rank adds to a vote."""
@@ -185,7 +184,7 @@ class Tuner:
         self.decision = decision = decide(measured, settings, self._bottleneck)
         before = (self.k, self.snapshot_interval, self.persist_interval)
         if self._auto[0]:
-            self.k = min(max(1, decision.k), self._max_k)
+            self.k = min(max(1, decision.k), self._host.max_k)
         self.snapshot_interval = decision.snapshot_interval if self._auto[1] else self.snapshot_interval
         self.persist_interval = decision.persist_interval if self._auto[2] else self.persist_interval
         if self._rank == 0:
