@@ -40,8 +40,7 @@ logger = logging.getLogger("moc_ckpt")
 
 # Votes that free nothing while no save is under way: the last snapshot is confirmed by the first of them.
 _IDLE_VOTES = 4
-# Between two looks at saves that somebody waits for.
-_POLL_S = 0.01
+_POLL_S = 0.01  # between two looks at saves that somebody waits for
 
 
 class Pipeline:
