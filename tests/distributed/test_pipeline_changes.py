@@ -364,3 +364,22 @@ def test_a_failed_start_leaves_no_arena(pool: Pool) -> None:
     for answer in pool.run(2, case_failed_start, deadline=DEADLINE):
         assert "too small" in answer["error"]
         assert answer["left"] == 0
+
+
+def case_rounds(ctx: Any) -> list[int]:
+    """What is kept of past snapshots, after some and after many."""
+    from moc_ckpt.integrations.deepspeed.background import Round
+
+    engine = build(ctx, "w1", None, snapshot_interval=1)
+    found = []
+    for steps in (5, 40):
+        harness.train(engine, steps)
+        engine.moc.pipeline.host.votes.idle(60)
+        gc.collect()
+        found.append(sum(isinstance(one, Round) for one in gc.get_objects()))
+    return found
+
+
+def test_past_snapshots_are_forgotten(pool: Pool) -> None:
+    ((few, many),) = pool.run(1, case_rounds, deadline=DEADLINE)
+    assert 0 < many <= few + 1
