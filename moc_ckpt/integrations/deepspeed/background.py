@@ -26,7 +26,9 @@ from moc_ckpt.integrations.deepspeed.tuning import Tuner
 from moc_ckpt.pec.holdings import Place, persist_history
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.rotation import Rotation
+from moc_ckpt.pec.selector import Selection
 from moc_ckpt.persist.protocol import Outcome, Retention
+from moc_ckpt.plan.adaptive_model import Decision
 from moc_ckpt.snapshot.local_slots import DENSE_UNIT, EXTRA_UNIT, LocalSlots, Version
 from moc_ckpt.snapshot.slots import Slot
 from moc_ckpt.snapshot.sources import UnitSource
@@ -39,7 +41,7 @@ from moc_ckpt.votes import Ballot
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["Background", "Round"]
+__all__ = ["Background", "Prepared", "Round"]
 
 logger = logging.getLogger("moc_ckpt")
 
@@ -66,7 +68,7 @@ class Round:
         save: the save that began with it.
         client_state: the caller's, encoded; rank 0 only.
         error: why this rank's snapshot is not whole.
-        result: what the vote said, and the ledger of the step.
+        result: what the vote said, the ledger of the step, and what was prepared for the next round.
     """
 
     step: int
@@ -86,7 +88,20 @@ class Round:
     save: SaveInFlight | None = None
     client_state: bytes = b""
     error: Exception | None = None
-    result: Future[tuple[Tally, Ledger]] = field(default_factory=Future)
+    result: Future[tuple[Tally, Ledger, Prepared]] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the votes' thread finds out for the next round, so that the training thread need not.
+
+    Attributes:
+        decision: what is decided anew of what is `auto`; None if nothing is.
+        selection: what the next snapshot takes.
+    """
+
+    decision: Decision | None
+    selection: Selection
 
 
 class Background:
@@ -120,7 +135,7 @@ class Background:
         current: Round,
         previous: Round | None,
         has_room: Callable[[Round, Round | None], bool],
-        confirm: Callable[[Round, Tally], None],
+        prepare: Callable[[Round | None, Tally, Ledger], Prepared],
     ) -> None:
         """Hands a round over; what it says about the snapshot of the round before is known by its turn.
 
@@ -128,12 +143,12 @@ class Background:
             current: the round. It must not refer to older ones: that would keep them all.
             previous: the round before it.
             has_room: tells whether there is room for another snapshot after this one; called in the votes' thread.
-            confirm: acts in memory upon what the vote says about the previous round; likewise.
+            prepare: acts in memory upon what the vote says about the previous round, and prepares the next; likewise.
         """
         votes, sizes = self._host.votes, Status.sizes(self._moc.pec.counts_size)
         what = f"the vote of step {current.step}"
         ballot = partial(self._ballot, current, previous, has_room)
-        current.result = votes.submit(what, sizes, ballot, partial(self._finish, current, previous, confirm))
+        current.result = votes.submit(what, sizes, ballot, partial(self._finish, current, previous, prepare))
         votes.post(partial(self._complete, current))
 
     def _ballot(
@@ -158,16 +173,18 @@ class Background:
         ).ballot()
 
     def _finish(
-        self, current: Round, previous: Round | None, confirm: Callable[[Round, Tally], None], totals: Ballot
-    ) -> tuple[Tally, Ledger]:
+        self,
+        current: Round,
+        previous: Round | None,
+        prepare: Callable[[Round | None, Tally, Ledger], Prepared],
+        totals: Ballot,
+    ) -> tuple[Tally, Ledger, Prepared]:
         pec = self._moc.pec
         tally = Tally.of(totals, world=self._world, counts=pec.counts_size, saves=len(current.saves))
-        if previous is not None and previous.snapshot and tally.agreed:
-            confirm(previous, tally)
         ledger = pec.add_counts(current.base, tally.counts)
         if current.snapshot or current.save is not None:
             self.learnt[current.step] = ledger.learnt
-        return tally, ledger
+        return tally, ledger, prepare(previous, tally, ledger)
 
     def place(self, current: Round, work: Sequence[tuple[UnitSource, tuple[Piece, ...]]]) -> Work:
         """Takes slots for a snapshot's units; runs in the stager's thread.
@@ -198,7 +215,7 @@ class Background:
         """Makes a snapshot whole on this rank, then hands its save to the agent."""
         save = current.save
         try:
-            tally, ledger = current.result.result()
+            tally, ledger, _ = current.result.result()
             self._check(current, tally)
             if current.captured is not None:
                 slot, places, optimizer = self._write_extra(current, tally)

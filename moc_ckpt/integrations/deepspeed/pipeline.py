@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moc_ckpt.errors import MocError, RankError, RendezvousTimeoutError
-from moc_ckpt.integrations.deepspeed.background import Background, Round
+from moc_ckpt.integrations.deepspeed.background import Background, Prepared, Round
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.host import Host
 from moc_ckpt.integrations.deepspeed.in_flight import Directory, SaveInFlight
@@ -26,6 +26,8 @@ from moc_ckpt.integrations.deepspeed.rounds import MAX_IN_FLIGHT, Tally
 from moc_ckpt.integrations.deepspeed.save import SaveRequest
 from moc_ckpt.integrations.deepspeed.tuning import Tuner
 from moc_ckpt.pec.holdings import MemoryVersions, plan_persist, plan_snapshot
+from moc_ckpt.pec.k_values import K
+from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.selector import SaveHistory, Selection
 from moc_ckpt.snapshot.local_slots import DENSE_UNIT, LocalSlots
 from moc_ckpt.state.unit import expert_unit
@@ -38,8 +40,7 @@ __all__ = ["Pipeline"]
 
 logger = logging.getLogger("moc_ckpt")
 
-# Votes that free nothing while no save is under way: the last snapshot is confirmed by the first of them.
-_IDLE_VOTES = 4
+_IDLE_VOTES = 4  # that free nothing while no save is under way: the first of them confirms the last snapshot
 _POLL_S = 0.01  # between two looks at saves that somebody waits for
 
 
@@ -216,6 +217,7 @@ class Pipeline:
         self._before: Round | None = None
         self._unconfirmed: Round | None = None
         self._copied_at = -1
+        self._next: Selection | None = None
         self._adopted = True
         self._room = True
         self._timeline += 1
@@ -251,7 +253,7 @@ class Pipeline:
                 self._memory.forget()
             self.host.stager.join()
             self._slots.free_all()
-            self._copied_at = -1
+            self._copied_at, self._next = -1, None
 
     def _automatic(self, step: int, *, persist: bool) -> None:
         call, waits = ("step", step), self._config.host.on_busy == "wait"
@@ -323,7 +325,7 @@ class Pipeline:
         current.captured = captured
         if self._copied_at == step:
             return
-        selection = self._select()
+        selection, self._next = self._next or self._select(self._moc.pec.ledger, self.tuner.k), None
         self._history, current.rotation = selection.after, selection.after.rotation
         current.snapshot, current.places = True, frozenset(selection.places)
         self._memory.took(step, selection.places)
@@ -338,15 +340,15 @@ class Pipeline:
         prepare, done = partial(self._background.place, current, work), partial(self._background.copied, current)
         current.job = self.host.stager.start(prepare, done, keep=captured.buffers)
 
-    def _select(self) -> Selection:
-        pec, config = self._moc.pec, self._config
+    def _select(self, ledger: Ledger, k: K) -> Selection:
+        config = self._config
         return plan_snapshot(
             self._memory,
             self._history,
-            pec.ledger,
+            ledger,
             self.host.ownership,
             method=config.selection,
-            k=pec.snapshot_k(self.tuner.k, self.host.max_k),
+            k=self._moc.pec.snapshot_k(k, self.host.max_k),
             balance=config.balance == "fill",
         )
 
@@ -375,7 +377,7 @@ class Pipeline:
         return save
 
     def _submit(self, current: Round) -> None:
-        self._background.submit(current, self._last, self._expects_room, self._confirm_slots)
+        self._background.submit(current, self._last, self._expects_room, self._prepare)
         self._before, self._last, self._adopted = self._last, current, False
         if current.snapshot:
             self._unconfirmed = current
@@ -394,17 +396,23 @@ class Pipeline:
         dense, experts = self._slots.room_after(confirmed, units)
         return dense >= self.host.dense_bytes and experts >= self.host.window_bytes(self.tuner.k)
 
-    def _confirm_slots(self, before: Round, tally: Tally) -> None:
-        """Acts in memory upon whether the snapshot before a vote is whole everywhere.
+    def _prepare(self, before: Round | None, tally: Tally, ledger: Ledger) -> Prepared:
+        """Acts in memory upon whether the snapshot before a vote is whole everywhere, and selects for the next one.
 
-        Runs in the votes' thread, before the vote's result is there: the training thread finds it done.
+        Runs in the votes' thread; when the vote's result is there, the training thread finds it done.
         """
-        if tally.filled:
-            older = self._memory.confirm(before.step)
-            self._slots.confirm(before.step, [expert_unit(*place) for place in {*older, *before.places}])
-        else:
-            self._memory.drop(before.step)
-            self._slots.drop(before.step)
+        if before is not None and before.snapshot and tally.agreed:
+            if tally.filled:
+                older = self._memory.confirm(before.step)
+                self._slots.confirm(before.step, [expert_unit(*place) for place in {*older, *before.places}])
+            else:
+                self._memory.drop(before.step)
+                self._slots.drop(before.step)
+        live = self._memory.steps() | {step for save in self._saves for step in (save.step, *save.experts.values())}
+        for step in self._background.learnt.keys() - live:
+            del self._background.learnt[step]
+        decision = self.tuner.reconsider(tally)
+        return Prepared(decision, self._select(ledger, self.tuner.k_after(decision)))
 
     # ------------------------------------------------------------------------------------------ after a vote
 
@@ -415,7 +423,7 @@ class Pipeline:
             return
         # The vote has a deadline of its own, behind that of the copies before it.
         config = self._config.timeouts
-        tally, ledger = last.result.result(2 * (config.rendezvous_s + config.commit_s))
+        tally, ledger, prepared = last.result.result(2 * (config.rendezvous_s + config.commit_s))
         self._adopted = True
         if not tally.agreed:
             raise RankError(
@@ -423,27 +431,19 @@ class Pipeline:
                 where=f"rank {self._rank} of {self._world}",
                 fix="call save_checkpoint at the same step on every rank",
             )
-        self._moc.pec.ledger = ledger
+        self._moc.pec.ledger, self._next = ledger, prepared.selection
         self._room = tally.can_fill
-        self._confirm(tally)
+        before = self._before
+        if before is not None and before.snapshot:
+            if self._unconfirmed is before:
+                self._unconfirmed = None
+            if not tally.filled and self._copied_at == before.step:
+                self._copied_at = -1
         for save, settled, failed in zip(last.saves, tally.settled, tally.failed, strict=True):
             if settled:
                 self._end_save(save, committed=not failed)
-        if self.tuner.reconsider(tally):
+        if prepared.decision is not None and self.tuner.apply(prepared.decision):
             self._report.retuned(self.tuner)
-
-    def _confirm(self, tally: Tally) -> None:
-        """Acts upon whether the snapshot before the last vote is whole everywhere; its slots were seen to already."""
-        before = self._before
-        if before is None or not before.snapshot:
-            return
-        if self._unconfirmed is before:
-            self._unconfirmed = None
-        if not tally.filled and self._copied_at == before.step:
-            self._copied_at = -1
-        live = self._memory.steps() | {step for save in self._saves for step in (save.step, *save.experts.values())}
-        for step in self._background.learnt.keys() - live:
-            del self._background.learnt[step]
 
     def _end_save(self, save: SaveInFlight, *, committed: bool) -> None:
         self._saves.remove(save)

@@ -155,14 +155,13 @@ class Tuner:
 
     # ------------------------------------------------------------------------------------------ deciding
 
-    def reconsider(self, tally: Tally) -> bool:
-        """Decides anew what is `auto`, if what was measured has changed; the same on all ranks.
+    def reconsider(self, tally: Tally) -> Decision | None:
+        """Decides anew what is `auto`, if what was measured has changed; the same on all ranks. Changes nothing.
 
-        Returns:
-            Whether anything is different now.
+        May be called from the votes' thread, before `apply`.
         """
         if not any(self._auto) or not (tally.copy_rate and tally.compute_us and tally.step_us):
-            return False
+            return None
         measured = Measured(
             copy_bytes_per_s=float(tally.copy_rate),
             forward_backward_s=tally.compute_us / 1e6,
@@ -170,7 +169,7 @@ class Tuner:
             persist_bytes_per_s=float(tally.persist_rate) if tally.persist_rate else None,
         )
         if self.decision is not None and not reconsider(self.decision, measured):
-            return False
+            return None
         config = self._config
         settings = Settings(
             experts=max(self._pec.full_k, default=0),
@@ -181,10 +180,16 @@ class Tuner:
             mtbf_s=config.mtbf_s,
             k_min=max(1, self._pec.ledger.floor),
         )
-        self.decision = decision = decide(measured, settings, self._bottleneck)
+        return decide(measured, settings, self._bottleneck)
+
+    def k_after(self, decision: Decision | None) -> K:
+        """Returns the K of snapshots once a decision applies; the present one without."""
+        return self.k if decision is None or not self._auto[0] else min(max(1, decision.k), self._host.max_k)
+
+    def apply(self, decision: Decision) -> bool:
+        """Lets a decision apply from now on; tells whether anything is different."""
         before = (self.k, self.snapshot_interval, self.persist_interval)
-        if self._auto[0]:
-            self.k = min(max(1, decision.k), self._host.max_k)
+        self.decision, self.k = decision, self.k_after(decision)
         self.snapshot_interval = decision.snapshot_interval if self._auto[1] else self.snapshot_interval
         self.persist_interval = decision.persist_interval if self._auto[2] else self.persist_interval
         if self._rank == 0:
