@@ -138,7 +138,7 @@ def worker_env(**extra: str) -> dict[str, str]:
 class Worker:
     """One process of the pool."""
 
-    def __init__(self, slot: int, log_dir: Path) -> None:
+    def __init__(self, slot: int, log_dir: Path, shared: Path) -> None:
         self.slot = slot
         self.log = log_dir / f"worker_{slot}.log"
         self.stacks = log_dir / f"worker_{slot}.stacks"
@@ -147,7 +147,7 @@ class Worker:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "_worker.py"), str(theirs.fileno()), str(slot), str(self.stacks)],
-                env=worker_env(),
+                env=worker_env(MOC_SHM_DIR=str(shared)),
                 cwd=str(ROOT),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -180,7 +180,8 @@ class Pool:
         self._dir = Path(tempfile.mkdtemp(prefix="moc_pool_"))
         # Arenas and agents' sockets of this pool alone; short, for a socket's path has 108 bytes.
         self._shared = Path(tempfile.mkdtemp(prefix="moc_t", dir="/dev/shm"))
-        os.environ["MOC_SHM_DIR"] = str(self._shared)
+        # For processes that tests start themselves; of several pools the first one's.
+        os.environ.setdefault("MOC_SHM_DIR", str(self._shared))
         self._workers: list[Worker] = []
         self._group: tuple[int, tuple[int, ...]] | None = None
         self.restarts = 0
@@ -294,10 +295,10 @@ class Pool:
         for slot, worker in enumerate(self._workers):
             if not worker.alive():
                 worker.kill()
-                self._workers[slot] = Worker(slot, self._dir)
+                self._workers[slot] = Worker(slot, self._dir, self._shared)
                 self.restarts += 1
         while len(self._workers) < world:
-            self._workers.append(Worker(len(self._workers), self._dir))
+            self._workers.append(Worker(len(self._workers), self._dir, self._shared))
 
     def _discard(self, workers: list[Worker]) -> None:
         for worker in workers:
@@ -315,7 +316,8 @@ class Pool:
                 worker.process.wait(timeout=max(0.1, end - time.monotonic()))
             worker.kill()
         self._workers = []
-        os.environ.pop("MOC_SHM_DIR", None)
+        if os.environ.get("MOC_SHM_DIR") == str(self._shared):
+            del os.environ["MOC_SHM_DIR"]
         if os.environ.get("MOC_TEST_KEEP") == "1":
             print(f"pool logs: {self._dir}, shared memory: {self._shared}")
         else:
