@@ -96,6 +96,8 @@ class Host:
         # K is the same on all ranks, so the one with the least memory decides.
         self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
         self.keep_committed = need.keep_committed
+        if config.host.keep_committed and not need.keep_committed:
+            logger.warning("rank %d has no memory for what the last commit holds (host.keep_committed)", comm.rank)
         try:
             self._connect(moc, need, local_rank)
         except BaseException:
@@ -116,7 +118,7 @@ class Host:
     def _connect(self, moc: MocCheckpoint, need: ArenaNeed, local_rank: int) -> None:
         comm, config = self._comm, self._config
         self.arena: Arena = comm.agree("creating the arena", lambda: self._create(need), wait="commit")
-        self.stager = self._stager()
+        self.stager = comm.agree("starting the stager", self._stager)
         # A rank may be away for as long as at a commit, evaluating alone, say: a vote that breaks off ends snapshots.
         self.votes = Votes(deadline_s=config.timeouts.rendezvous_s + config.timeouts.commit_s)
         hello = Hello(
@@ -174,7 +176,9 @@ class Host:
             assert larger is not None
             self.stager.close()
             self._release(self.arena)
+            _own.discard(larger.path)
             larger.move(self.arena.path)
+            _own.add(larger.path)
             self.arena = larger
             self.stager = self._stager()
             return True
@@ -198,11 +202,8 @@ class Host:
 
     def _largest_k(self) -> int:
         """Returns the largest K that the present arena has room for."""
-        for k in range(max(self._pec.full_k, default=1), 1, -1):
-            self.max_k = k
-            if self._fits(self._need_of(k)):
-                return k
-        return 1
+        self.max_k = max(self._pec.full_k, default=1)
+        return _largest(self.max_k, lambda k: self._fits(self._need_of(k)))
 
     def _stager(self) -> Stager:
         memory = torch.from_numpy(self.arena.array)
@@ -236,17 +237,22 @@ class Host:
     def _need(self) -> ArenaNeed:
         """Sizes the arena; with K `auto` it is as large as the budget, or else shared memory, allows."""
         config, budget = self._config, self._budget()
-        if budget is None and config.k_snapshot == AUTO and config.selection != "full":
-            budget = int(shutil.disk_usage(self._folder).free * _ROOM_SHARE) // self._neighbours
-        while True:
+        if config.k_snapshot != AUTO or config.selection == "full":
+            return apply_budget(self._need_of(config.k_snapshot), budget)
+        room = budget
+        if room is None:
+            room = int(shutil.disk_usage(self._folder).free * _ROOM_SHARE) // self._neighbours
+
+        def fits(k: int) -> bool:
             try:
-                return apply_budget(
-                    self._need_of(self.max_k if config.k_snapshot == AUTO else config.k_snapshot), budget
-                )
+                apply_budget(self._need_of(k), room)
             except ConfigError:
-                if config.k_snapshot != AUTO or config.selection == "full" or self.max_k <= 1:
-                    raise
-                self.max_k -= 1
+                return False
+            return True
+
+        self.max_k = _largest(self.max_k, fits)
+        # Where not even one expert fits, the budget says so here, or shared memory when the arena is made.
+        return apply_budget(self._need_of(self.max_k), room if fits(self.max_k) else budget)
 
     def _budget(self) -> int | None:
         budget = self._config.host.memory_budget_gib
@@ -315,6 +321,17 @@ class Host:
         self._release(self.arena)
         if answered and self.job.startswith(UNNAMED):
             self.arena.unlink()
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Returns the largest K from 1 to `most` that fits; 1 if none does. What fits fits with a smaller K as well."""
+    if most <= 1 or fits(most):
+        return max(most, 1)
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _unfinished(folder: Path) -> list[int]:
