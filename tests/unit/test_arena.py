@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import stat
@@ -425,11 +426,12 @@ def test_a_thousand_snapshots_grow_nothing(shm: Path) -> None:
         held: list = []
         for step in range(1, 201):
             held = cycle(arena, step, held)
+        gc.collect()  # what earlier tests of this process left open
         memory, descriptors = resident(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         blocks = arena.path.stat().st_blocks
         for step in range(201, 1201):
             held = cycle(arena, step, held)
-        assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) <= descriptors  # noqa: PTH208
         assert resident() - memory < 1 << 20
         assert arena.path.stat().st_blocks == blocks
         arena.table.free(held)

@@ -252,13 +252,18 @@ def test_watch_shows_it_anew_until_it_is_interrupted(shared_memory: Path) -> Non
     folder = job_dir("job", create=True)
     make_arena(folder).close()
     leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moc_ckpt.cli.main", "agent", "status", "--watch"],
-        stdin=follower,
-        stdout=follower,
-        stderr=subprocess.PIPE,
-        env=environment(COLUMNS="150", LINES="40", TERM="xterm"),
-    )
+    # Where the tests run in the background, interrupts may be ignored, which children inherit.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moc_ckpt.cli.main", "agent", "status", "--watch"],
+            stdin=follower,
+            stdout=follower,
+            stderr=subprocess.PIPE,
+            env=environment(COLUMNS="150", LINES="40", TERM="xterm"),
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     os.close(follower)
     seen = b""
     end = time.monotonic() + PATIENCE_S
