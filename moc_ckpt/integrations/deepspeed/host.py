@@ -37,6 +37,7 @@ __all__ = ["Host"]
 logger = logging.getLogger("moc_ckpt")
 
 _CONNECT_S = 60.0
+_UNNAMED_LINGER_S = 10.0  # nobody finds such a job's memory again
 _PROGRESS_S = 2.0
 _POLL_S = 0.1
 # Arenas of this process: asking who writes one would let go of its lock.
@@ -132,11 +133,12 @@ class Host:
             pid=os.getpid(),
             arena=str(self.arena.path),
         )
+        unnamed = self.job.startswith(UNNAMED)
         self.agent = AgentClient(
             self._folder,
             hello,
             may_start=local_rank == 0,
-            linger_s=config.host.linger_s,
+            linger_s=min(config.host.linger_s, _UNNAMED_LINGER_S) if unnamed else config.host.linger_s,
             connect_s=_CONNECT_S,
         )
         comm.agree("connecting to the node agent", self.agent.start, wait="commit")
