@@ -41,11 +41,6 @@ class DeviceCopier:
         self._address = memory.data_ptr()
         self._calls = self._find()
 
-    @property
-    def direct(self) -> bool:
-        """Whether the driver is called without torch."""
-        return self._calls is not None
-
     def issue(self, runs: Sequence[tuple[int, int, int]], stream: torch.cuda.Stream) -> None:
         """Issues copies; returns at once.
 
