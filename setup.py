@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = (HERE / "moc_ckpt" / "_version.py").read_text(encoding="utf-8").split('__version__ = "')[1].split('"')[0]
@@ -16,6 +16,15 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["moc_ckpt", "moc_ckpt.*"]),
     package_data={"moc_ckpt": ["py.typed"]},
+    # Loaded with ctypes, and not needed: without a compiler torch does the same, at some cost for the training thread.
+    ext_modules=[
+        Extension(
+            "moc_ckpt.snapshot._paced_copy",
+            ["moc_ckpt/snapshot/paced_copy.c"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            optional=True,
+        )
+    ],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

@@ -111,8 +111,7 @@ class Stager:
         self._address = memory.data_ptr()
         self._device = device if device.type == "cuda" else None
         self._deadline_s = deadline_s
-        self._stream = torch.cuda.Stream(device) if self._device is not None else None
-        self._copier = DeviceCopier(device, memory) if self._device is not None else None
+        self._copier = DeviceCopier(device, memory, deadline_s=deadline_s) if self._device is not None else None
         self._current: CopyJob | None = None
         self._jobs: queue.SimpleQueue[tuple[CopyJob, Callable[[CopyJob], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="moc-stager", daemon=True)
@@ -140,8 +139,9 @@ class Stager:
     def before_update(self) -> float:
         """Keeps the coming update behind the copies; called before the optimizer overwrites anything.
 
-        On a device the training stream waits for the copies' event and the host goes on. Copies of host memory are
-        waited for.
+        On a device the training stream waits for the copies' event, and the host goes on as soon as the last copy is
+        with the device: only a window of them is at a time, so a host waits here for what does not hide behind forward
+        and backward. Copies of host memory are waited for.
 
         Returns:
             Seconds that the host lost.
@@ -208,15 +208,8 @@ class Stager:
         on_device, on_host = self._plan(job)
         job._planned.set()
         if on_device:
-            assert self._stream is not None and self._copier is not None
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(job._boundary)
-                job._began = torch.cuda.Event(enable_timing=True)
-                job._began.record()
-                self._copier.issue(on_device, self._stream)
-                # Blocking: this thread sleeps, and leaves core and lock to others, until the copies are done.
-                job._ended = torch.cuda.Event(enable_timing=True, blocking=True)
-                job._ended.record()
+            assert self._copier is not None
+            job._began, job._ended = self._copier.copy(on_device, job._boundary)
         job._issued.set()
         for source, target, nbytes in on_host:
             for at in range(0, nbytes, _STEP_BYTES):

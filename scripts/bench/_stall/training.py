@@ -89,9 +89,9 @@ class Training:
         return lambda: first.elapsed_time(last) / 1e3
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Waits for all steps; not for copies beside them."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns the optimizer state that this rank owns: masters and moments, by a name of its own.
