@@ -118,6 +118,9 @@ class DeviceCopier:
         piece: bytes after which others get the copy engine.
         window: pieces that are with the device at most, at least 2.
         compiled: False: torch issues the copies, even where the compiled loop is there.
+
+    Attributes:
+        streams: the two; all copies come after the first one's earlier work.
     """
 
     def __init__(
@@ -134,10 +137,10 @@ class DeviceCopier:
         self._memory = memory
         self._deadline_s = deadline_s
         self._piece = piece
-        self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._events = [torch.cuda.Event() for _ in range(window)]
         for event in self._events:
-            event.record(self._streams[0])  # its handle exists from the first record on
+            event.record(self.streams[0])  # its handle exists from the first record on
         self._paced = self._find() if compiled else None
 
     @property
@@ -159,21 +162,21 @@ class DeviceCopier:
             RuntimeError: if the device refuses a copy.
             TimeoutError: if a piece is not done in time.
         """
-        base, first = self._memory.data_ptr(), self._streams[0]
-        first.wait_stream(self._streams[1])
+        base, first = self._memory.data_ptr(), self.streams[0]
+        first.wait_stream(self.streams[1])
         first.wait_event(boundary)
         began = torch.cuda.Event(enable_timing=True)
         began.record(first)
         last = self._issue([(source, base + target, nbytes) for source, target, nbytes in runs])
         # Blocking: who waits for it sleeps, and leaves core and lock to others.
         ended = torch.cuda.Event(enable_timing=True, blocking=True)
-        ended.record(self._streams[last])
+        ended.record(self.streams[last])
         return began, ended
 
     def _issue(self, runs: Sequence[Run]) -> int:
         if self._paced is None:
             return self._issue_with_torch(runs)
-        streams = self._streams[0].cuda_stream, self._streams[1].cuda_stream
+        streams = self.streams[0].cuda_stream, self.streams[1].cuda_stream
         events = [event.cuda_event for event in self._events]
         code, last = self._paced(streams, events, runs, self._piece, self._deadline_s)
         if code == _TIMED_OUT:
@@ -197,10 +200,10 @@ class DeviceCopier:
                     raise TimeoutError(f"the device did not end a copy of {nbytes:,} bytes in {self._deadline_s:g} s")
                 time.sleep(_PAUSE_S)
             if number:
-                self._streams[which].wait_event(self._events[(number - 1) % len(self._events)])
-            with torch.cuda.stream(self._streams[which]):
+                self.streams[which].wait_event(self._events[(number - 1) % len(self._events)])
+            with torch.cuda.stream(self.streams[which]):
                 self._memory[target : target + nbytes].copy_(_view(source, nbytes, self._device), non_blocking=True)
-            event.record(self._streams[which])
+            event.record(self.streams[which])
         return which
 
     def _find(self) -> PacedCopy | None:
@@ -226,10 +229,10 @@ class DeviceCopier:
         source = (torch.arange(_PROBE_BYTES, device=self._device) % 251).to(torch.uint8)
         target = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
         torch.cuda.current_stream(self._device).synchronize()
-        streams = self._streams[0].cuda_stream, self._streams[1].cuda_stream
+        streams = self.streams[0].cuda_stream, self.streams[1].cuda_stream
         run = (source.data_ptr(), target.data_ptr(), _PROBE_BYTES)
         code, last = paced(streams, [event.cuda_event for event in self._events[:2]], [run], 4096, self._deadline_s)
-        self._streams[last].synchronize()
+        self.streams[last].synchronize()
         return code == 0 and torch.equal(target, source.cpu())
 
 

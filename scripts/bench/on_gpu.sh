@@ -28,7 +28,7 @@ case "$step" in
         python3 tests/gpu/run_gpu.py --json "$out/exact.json" --only async_z2_bf16_fused async_z1_bf16_fp32acc_fused \
             async_z0_bf16_fused async_z2_fp16_fused async_z2_bf16_cpu_adam async_z2_fp32_fused
         ;;
-    stall) bench stall --arms pec/1 pec/1+persist --pairs 5 ;;
+    stall) bench stall --arms pec/1 pec/1+persist --pairs "${PAIRS:-5}" ;;
     peers) bench peers --arms native dcp full/1 full/10 pec/5 pec/10+persist --pairs 2 --explicit-pairs 1 ;;
     *)
         echo "no step $step: exact, stall or peers" >&2

@@ -82,10 +82,10 @@ def slow_down(seconds: float) -> Any:
     plain = Stager._run
 
     def run(self: Any, job: Any) -> None:
-        if self._stream is None:
+        if self._copier is None:
             time.sleep(seconds)
         else:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._copier.streams[0]):
                 torch.cuda._sleep(int(seconds * 1.5e9))  # cycles
         plain(self, job)
 

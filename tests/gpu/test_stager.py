@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity  # noqa: E402
+from moc_ckpt.snapshot.device_copy import DeviceCopier, load_paced_copy  # noqa: E402
 from moc_ckpt.snapshot.stager import CopyJob, Piece, Stager, register, unregister  # noqa: E402
 
 pytestmark = [
@@ -62,3 +63,57 @@ def test_one_copy_of_gigabytes(arena: Arena) -> None:
 
 def report(job: CopyJob) -> None:
     print(f"{job.nbytes / 1e9:.2f} GB in {job.runs} runs: {job.nbytes / job.seconds / 1e9:.1f} GB/s")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_many_copies_of_any_size(compiled: bool) -> None:
+    if compiled and load_paced_copy() is None:
+        pytest.skip("installed without a C compiler: torch issues copies")
+    device = torch.device("cuda", torch.cuda.current_device())
+    source = torch.randint(0, 256, (70_000_001,), dtype=torch.uint8, device=device)
+    expected, target = source.cpu(), torch.zeros(80_000_000, dtype=torch.uint8, pin_memory=True)
+    copier = DeviceCopier(device, target, deadline_s=60.0, piece=1 << 20, window=4, compiled=compiled)
+    assert copier.compiled == compiled
+    at, runs = 0, []
+    for number in range(400):
+        size = 1 + (number * 7919) % 350_001 if number % 50 else 5_000_001
+        size = min(size, 70_000_001 - at)
+        if size:
+            runs.append((at, 13 + at + number, size))
+        at += size
+    for _ in range(3):  # streams and events are used again
+        target.zero_()
+        boundary = torch.cuda.Event()
+        boundary.record()
+        began, ended = copier.copy([(source.data_ptr() + a, b, size) for a, b, size in runs], boundary)
+        ended.synchronize()
+        assert began.elapsed_time(ended) > 0
+        assert all(torch.equal(target[b : b + size], expected[a : a + size]) for a, b, size in runs)
+
+
+def test_others_get_the_engine_while_a_snapshot_is_copied(arena: Arena) -> None:
+    """A small read of another stream waits for a few pieces at most, never for the whole copy."""
+    memory = torch.from_numpy(arena.array)
+    assert register(memory[: arena.spec.reserved])
+    device = torch.device("cuda", torch.cuda.current_device())
+    source = torch.zeros(NBYTES, dtype=torch.uint8, device=device)
+    small = torch.ones(8, device=device)
+    copier = DeviceCopier(device, memory[: arena.spec.reserved], deadline_s=60.0)
+    try:
+        boundary = torch.cuda.Event()
+        boundary.record()
+        ended: list[torch.cuda.Event] = []
+        thread = threading.Thread(
+            target=lambda: ended.append(copier.copy([(source.data_ptr(), 4096, NBYTES)], boundary)[1])
+        )
+        thread.start()
+        reads = 0
+        while not ended:
+            small[0].item()
+            reads += 1
+        thread.join()
+        ended[0].synchronize()
+        # 161 pieces; before they were handed over one by one, the first read waited for all of them.
+        assert reads >= 20, f"{reads} reads beside {NBYTES / 1e9:.1f} GB"
+    finally:
+        unregister(memory[: arena.spec.reserved])

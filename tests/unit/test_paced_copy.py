@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moc_ckpt.snapshot.device_copy import PacedCopy, load_paced_copy  # noqa: E402
+from moc_ckpt.snapshot.device_copy import PacedCopy, load_paced_copy
 
 pytestmark = pytest.mark.skipif(load_paced_copy() is None, reason="installed without a C compiler: torch issues copies")
 

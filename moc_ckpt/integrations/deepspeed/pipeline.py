@@ -273,11 +273,12 @@ class Pipeline:
             return
         self._refresh(may_meet=False)
         current = self._round(step, call)
+        if self._rank == 0:
+            self._ask_provider(current, prove=directory is not None)
+        # From here on other threads have work, and take the interpreter from this one.
         self._begin_snapshot(current)
         if directory is not None:
             self._begin_save(current, directory, f"global_step{step}", explicit=False)
-        if self._rank == 0:
-            self._ask_provider(current)
         self._submit(current)
 
     def _directory_for_persist(self) -> Directory | None:
@@ -295,13 +296,13 @@ class Pipeline:
             return b""
         return encode_client_state(request.client_state, trust=self._config.recovery.trust_client_state)
 
-    def _ask_provider(self, current: Round) -> None:
+    def _ask_provider(self, current: Round, *, prove: bool) -> None:
         if self._provider is None:
             self._report.no_client_state()
             return
         try:
             # What goes to storage is proven to load.
-            trust, prove = self._config.recovery.trust_client_state, current.save is not None or not self._proven
+            trust, prove = self._config.recovery.trust_client_state, prove or not self._proven
             current.client_state = encode_client_state(dict(self._provider()), trust=trust, prove=prove)
             self._proven = True
         except Exception as error:
@@ -415,7 +416,6 @@ class Pipeline:
         return Prepared(decision, self._select(ledger, self.tuner.k_after(decision)))
 
     # ------------------------------------------------------------------------------------------ after a vote
-
     def _adopt(self) -> None:
         """Takes in what the last vote said; all ranks do the same."""
         last = self._last

@@ -153,6 +153,11 @@ class Tuner:
             "step_us": _micros(self._steps, 0.5),
         }
 
+    @property
+    def step_s(self) -> float:
+        """Seconds that a step takes; 0.0 until it is known. Any thread."""
+        return _micros(self._steps, 0.5) / 1e6
+
     # ------------------------------------------------------------------------------------------ deciding
 
     def reconsider(self, tally: Tally) -> Decision | None:
@@ -192,10 +197,11 @@ class Tuner:
         self.decision, self.k = decision, self.k_after(decision)
         self.snapshot_interval = decision.snapshot_interval if self._auto[1] else self.snapshot_interval
         self.persist_interval = decision.persist_interval if self._auto[2] else self.persist_interval
+        changed = before != (self.k, self.snapshot_interval, self.persist_interval)
         if self._rank == 0:
-            for reason in decision.reasons:
+            for reason in decision.reasons if changed else ():
                 logger.info("auto: %s", reason)
-        return before != (self.k, self.snapshot_interval, self.persist_interval)
+        return changed
 
     def _bottleneck(self, k: int) -> int:
         """Returns about what the most loaded rank copies with K experts per layer: its even share of the windows.
