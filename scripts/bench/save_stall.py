@@ -200,10 +200,11 @@ def worker(arguments: argparse.Namespace, arms: list[Arm]) -> int:
     from _stall.run import Bench
 
     bench = Bench(arguments, arms, Path(os.environ["MOC_BENCH_DIR"]))
-    for report in bench.run():  # after every arm: a run that is cut off has what was done
-        target = Path(os.environ["MOC_BENCH_REPORT"])
-        target.with_suffix(".new").write_text(json.dumps(report))
-        target.with_suffix(".new").replace(target)
+    for report in bench.run():  # after every arm: a run that is cut off, whatever ends it, has what was done
+        for target in filter(None, (Path(os.environ["MOC_BENCH_REPORT"]), arguments.out)):
+            new = target.with_name(target.name + ".new")
+            new.write_text(json.dumps({**report, "complete": False}, indent=1) + "\n")
+            new.replace(target)
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ class Tuner:
         self._in_step = 0.0
         self._boundary: Any = None
         self._marks: tuple[Any, Any] | None = None
-        self._copy_rate = 0
+        self._copy_rates: deque[float] = deque(maxlen=_STEPS // 2)
         self._persist_rate = 0
         self.last_copy: tuple[int, float] = (0, 0.0)
 
@@ -135,7 +136,7 @@ class Tuner:
     def copied(self, job: CopyJob) -> None:
         """Takes in a snapshot's copies; any thread."""
         if job.seconds > 0 and job.nbytes:
-            self._copy_rate = int(job.nbytes / job.seconds)
+            self._copy_rates.append(job.nbytes / job.seconds)
             self.last_copy = (job.nbytes, job.seconds)
 
     def persisted(self, nbytes: int, seconds: float) -> None:
@@ -146,7 +147,8 @@ class Tuner:
     def rates(self) -> dict[str, int]:
         """Returns what this rank adds to a vote."""
         return {
-            "copy_rate": self._copy_rate,
+            # One slow copy is no reason to change K: the windows would have to be planned anew, back and forth.
+            "copy_rate": int(statistics.median(self._copy_rates)) if self._copy_rates else 0,
             "persist_rate": self._persist_rate,
             # What snapshots slow down must not make room for larger ones: the quicker steps count.
             "compute_us": _micros(self._compute, 0.25),
