@@ -8,6 +8,7 @@ import typer
 
 from moc_ckpt._version import __version__
 from moc_ckpt.cli.agent import agent
+from moc_ckpt.cli.gc import gc
 from moc_ckpt.cli.inspect import inspect
 from moc_ckpt.cli.plan import PlanCommand, plan
 from moc_ckpt.cli.verify import verify
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(verify)
 app.command(cls=PlanCommand)(plan)
+app.command()(gc)
 app.add_typer(agent)
 
 

@@ -14,7 +14,7 @@ from moc_ckpt.persist.process import place, start_ticks
 from moc_ckpt.storage.checkpoint import LOCK
 from moc_ckpt.storage.store import Store
 
-__all__ = ["HEARTBEAT", "DirectoryLock", "LockIdentity", "LockRecord"]
+__all__ = ["HEARTBEAT", "DirectoryLock", "LockIdentity", "LockRecord", "live_writer"]
 
 HEARTBEAT = "lock"
 """Key of the lock below the checkpoint root."""
@@ -254,6 +254,40 @@ class DirectoryLock:
             where=self._store.locate(HEARTBEAT),
             fix="stop that run, or give this one another save_dir; remove the file only if nobody renews it",
         )
+
+
+def live_writer(
+    store: Store, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+) -> str:
+    """Tells whether a run has the lock of a directory and lives, without taking it.
+
+    Returns at once unless the holder is on another machine and must be watched (for 2.5 of its periods at most).
+
+    Args:
+        store: the checkpoint root.
+        clock: monotonic seconds.
+        sleep: waits for so many seconds.
+
+    Returns:
+        The run, its process and its host, for people; empty if nobody has the lock, or nobody renews it.
+
+    Raises:
+        StorageError: if the store cannot be read.
+    """
+    first = now = store.read(HEARTBEAT)
+    if first is None:
+        return ""
+    record = _decode(first)
+    if record is not None and record.place == place():
+        started = start_ticks(record.pid)
+        alive = started is not None and record.started in (None, started)
+        return _name(record) if alive else ""
+    period = _PERIOD_S if record is None else max(0.0, min(record.period_s, _LONGEST_PERIOD_S))
+    end = clock() + _PERIODS_TO_WATCH * period
+    while now == first and clock() < end:
+        sleep(max(min(end - clock(), period / _LOOKS_PER_PERIOD), 0.01))
+        now = store.read(HEARTBEAT)
+    return "" if now in (None, first) else _name(_decode(now))
 
 
 def _decode(data: bytes) -> LockRecord | None:

@@ -41,7 +41,7 @@ from moc_ckpt.snapshot.records import GRAIN, Slot
 from moc_ckpt.snapshot.slots import SlotTable
 from moc_ckpt.storage.local import raise_storage_error
 
-__all__ = ["Arena", "ArenaSpec", "Identity", "forsaken", "writer_pid"]
+__all__ = ["Arena", "ArenaSpec", "Identity", "forsaken", "is_over", "writer_pid"]
 
 _POPULATE_PIECE = 64 << 20
 _RESERVE_PIECE = 1 << 30
@@ -333,13 +333,23 @@ def forsaken(base: Path, own: Container[Path] = ()) -> list[Path]:
     found = []
     for folder in base.glob(f"{UNNAMED}*"):
         with suppress(OSError, StorageError):
-            arenas = find_arenas(folder)
             # A job that is just starting has neither arenas nor an agent yet.
-            if any(path in own for path in arenas) or time.time() - folder.stat().st_mtime < _STARTING_S:
+            if any(path in own for path in find_arenas(folder)) or time.time() - folder.stat().st_mtime < _STARTING_S:
                 continue
-            if not _is_locked(agent_lock_path(folder)) and all(writer_pid(path) is None for path in arenas):
+            if is_over(folder):
                 found.append(folder)
     return found
+
+
+def is_over(folder: Path) -> bool:
+    """Tells whether nobody has a job: none of its arenas has a writer and no agent lives.
+
+    To be asked by processes that write no arena of it, as `writer_pid`.
+
+    Raises:
+        OSError, StorageError: if that cannot be told.
+    """
+    return not _is_locked(agent_lock_path(folder)) and all(writer_pid(path) is None for path in find_arenas(folder))
 
 
 def _is_locked(path: Path) -> bool:

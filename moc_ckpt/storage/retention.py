@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moc_ckpt.errors import StorageError
 from moc_ckpt.state.unit import Version
+from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
 from moc_ckpt.storage.checkpoint import (
     LOCK,
     latest_tag,
@@ -16,6 +17,7 @@ from moc_ckpt.storage.checkpoint import (
     manifest_key,
     outcome_key,
     parts_status,
+    read_outcome,
     read_parts,
     save_prefix,
 )
@@ -56,6 +58,8 @@ class RetentionReport:
         dropped: tags that went.
         packs: paths of the packs that were removed.
         saves: directories of unfinished or replaced saves that were removed, wholly or but for needed packs.
+        in_flight: directories of saves that stay because they are, or may be, in flight.
+        spared: directories of unfinished saves that are newer than the newest commit: somebody may still finish them.
         blocked: why nothing was removed; empty if something could be.
     """
 
@@ -63,6 +67,8 @@ class RetentionReport:
     dropped: tuple[str, ...] = ()
     packs: list[str] = field(default_factory=list)
     saves: list[str] = field(default_factory=list)
+    in_flight: list[str] = field(default_factory=list)
+    spared: list[str] = field(default_factory=list)
     blocked: str = ""
 
 
@@ -118,6 +124,9 @@ def apply_retention(
     protect: Collection[str] = (),
     in_flight: Collection[str] | Callable[[str], bool] = (),
     attempt: int | None = None,
+    may_be_written: Callable[[str, str], bool] = lambda tag, save_id: False,
+    remnants: bool = False,
+    removing: Callable[[str], None] = lambda key: None,
     dry_run: bool = False,
     timeout_s: float = 60.0,
 ) -> RetentionReport:
@@ -130,6 +139,9 @@ def apply_retention(
     An unfinished save goes only once a commit is at or past its step (before that `moc-ckpt recover` might still
     finish it); one that no rank finished a part of, or that a rank gave up, goes unless it is in flight.
 
+    The newest checkpoint that the current attempt may build on stays too: after a restart from an older step that is
+    not the newest one of the directory, and a save in flight may refer to its experts.
+
     Args:
         store: the checkpoint root.
         keep_last: number of newest checkpoints that stay; 0 keeps all.
@@ -139,6 +151,11 @@ def apply_retention(
             asynchronous saves the caller must know them all: an older save that finishes late looks like one that
             was abandoned.
         attempt: the attempt that asks, which must be the newest one; None if no run is using the directory.
+        may_be_written: tells of a save (tag, save id) that was not committed whether somebody may still be writing it.
+            Unlike `in_flight` this is not asked of saves whose tag was committed at a later step since.
+        remnants: remove also what is left of saves when only the note of how they ended is left of them, or empty
+            directories. Agents may still wait for such a note while a run saves.
+        removing: called with every object or directory that is going to be removed, before it is; also in a dry run.
         dry_run: remove nothing, only report.
         timeout_s: seconds to wait for the lock.
 
@@ -156,6 +173,7 @@ def apply_retention(
         try:
             manifests = [load_manifest(store, tag) for tag in list_tags(store)]
             latest = latest_tag(store)
+            base = _build_on(store, manifests)
         except StorageError as exc:
             return RetentionReport(blocked=str(exc))
         if not manifests:
@@ -164,27 +182,63 @@ def apply_retention(
             manifests,
             keep_last=keep_last,
             keep_every=keep_every,
-            protect={*protect, *([latest] if latest else [])},
+            protect={*protect, *base, *([latest] if latest else [])},
         )
         report = RetentionReport(kept=plan.keep, dropped=plan.drop)
-        if not dry_run:
-            for tag in plan.drop:
+        for tag in plan.drop:
+            removing(manifest_key(tag))
+            if not dry_run:
                 store.delete(manifest_key(tag))
-        current = {manifest.tag: manifest.save_id for manifest in manifests if manifest.tag in plan.keep}
+        current = {manifest.tag: manifest for manifest in manifests if manifest.tag in plan.keep}
         dropped = {(manifest.tag, manifest.save_id) for manifest in manifests if manifest.tag in plan.drop}
         horizon = max(manifest.version for manifest in manifests)
-        for tag, save_id in _find_saves(store):
-            if is_in_flight(save_id) or current.get(tag) == save_id:
+        for tag, save_id in _find_saves(store, remnants=remnants):
+            if tag in current and current[tag].save_id == save_id:
                 continue
-            if (tag, save_id) in dropped or _is_past(store, tag, save_id, horizon):
-                _remove_save(store, tag, save_id, plan.needed, report, dry_run=dry_run)
+            gone = (tag, save_id) in dropped
+            if not gone and (
+                is_in_flight(save_id)
+                or (may_be_written(tag, save_id) and not _is_replaced(store, tag, save_id, current))
+            ):
+                report.in_flight.append(save_prefix(tag, save_id))
+            elif gone or _is_past(store, tag, save_id, horizon):
+                _remove_save(store, tag, save_id, plan.needed, report, removing, dry_run=dry_run)
                 if not dry_run and tag not in current:
                     store.prune(tag)
+            else:
+                report.spared.append(save_prefix(tag, save_id))
     return report
 
 
-def _find_saves(store: Store) -> list[tuple[str, str]]:
-    """Returns (tag, save_id) of every directory that is a save of ours beyond doubt."""
+def _build_on(store: Store, manifests: Sequence[Manifest]) -> set[str]:
+    """Returns the tags of the newest version that the current attempt continues; none if no run was ever here."""
+    newest = current_attempt(store)
+    if newest is None:
+        return set()
+    line = ancestry(store, newest.attempt)
+    versions = [manifest.version for manifest in manifests if admissible(manifest.version, line)]
+    return {manifest.tag for manifest in manifests if versions and manifest.version == max(versions)}
+
+
+def _is_replaced(store: Store, tag: str, save_id: str, current: Mapping[str, Manifest]) -> bool:
+    """Tells whether a save can never be committed: its tag was, at a later step of the same attempt."""
+    manifest = current.get(tag)
+    if manifest is None:
+        return False
+    try:
+        parts = read_parts(store, tag, save_id)
+    except StorageError:
+        return False
+    return bool(parts) and all(part.attempt == manifest.attempt and part.version < manifest.version for part in parts)
+
+
+def _find_saves(store: Store, *, remnants: bool = False) -> list[tuple[str, str]]:
+    """Returns (tag, save_id) of every directory that is a save of ours beyond doubt.
+
+    Args:
+        store: the checkpoint root.
+        remnants: those too of which only the note of how they ended, or empty directories are left.
+    """
     found = []
     for tag in store.list_dirs():
         for save_id in store.list_dirs(tag):
@@ -196,9 +250,21 @@ def _find_saves(store: Store) -> list[tuple[str, str]]:
             packs = store.list_dirs(f"{prefix}/packs") if "packs" in inside else []
             parts = store.list(f"{prefix}/parts") if "parts" in inside else []
             shaped = all(map(_PACK_DIR.match, packs)) and all(map(_PART.search, parts))
-            if (packs or parts) and shaped and inside <= _SAVE_DIRS:
+            if not shaped or not inside <= _SAVE_DIRS:
+                continue
+            if packs or parts or (remnants and _is_remnant(store, tag, save_id, inside)):
                 found.append((tag, save_id))
     return found
+
+
+def _is_remnant(store: Store, tag: str, save_id: str, inside: set[str]) -> bool:
+    """Tells whether a directory without packs and parts is what is left of a save."""
+    try:
+        if read_outcome(store, tag, save_id) is not None:
+            return True
+    except StorageError:
+        return False
+    return bool(inside & {"packs", "parts"}) and not store.list(save_prefix(tag, save_id))
 
 
 def _is_past(store: Store, tag: str, save_id: str, horizon: Version) -> bool:
@@ -216,7 +282,14 @@ def _is_past(store: Store, tag: str, save_id: str, horizon: Version) -> bool:
 
 
 def _remove_save(
-    store: Store, tag: str, save_id: str, needed: frozenset[str], report: RetentionReport, *, dry_run: bool
+    store: Store,
+    tag: str,
+    save_id: str,
+    needed: frozenset[str],
+    report: RetentionReport,
+    removing: Callable[[str], None],
+    *,
+    dry_run: bool,
 ) -> None:
     """Removes a save but for packs that are needed; the directory goes with the last of them."""
     prefix = save_prefix(tag, save_id)
@@ -228,6 +301,9 @@ def _remove_save(
         return  # only needed packs are left
     report.packs += going
     report.saves.append(prefix)
+    note = [outcome_key(tag, save_id)] if noted else []
+    for key in [prefix] if len(going) == len(packs) else [*going, *note, *(f"{prefix}/{name}" for name in rest)]:
+        removing(key)
     if dry_run:
         return
     for pack in going:
