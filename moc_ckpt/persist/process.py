@@ -8,7 +8,19 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["is_alive", "keep_memory_small", "lower_priority", "memory_and_descriptors", "place", "start_ticks"]
+__all__ = [
+    "is_alive",
+    "keep_memory_small",
+    "launch_command",
+    "lower_priority",
+    "memory_and_descriptors",
+    "place",
+    "start_ticks",
+]
+
+# Words by which the programs that start trainers are known, and how many may be above each other.
+_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed")
+_LAUNCHERS_DEEP = 4
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _WHO_PROCESS = 1
@@ -72,3 +84,31 @@ def memory_and_descriptors() -> tuple[int, int]:
     with suppress(OSError):
         fds = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (names only)
     return rss, fds
+
+
+def launch_command() -> list[str]:
+    """Returns the command that started this process, or the launcher above it (torchrun, deepspeed); [] if unknown."""
+    pid, found = os.getpid(), _command(os.getpid())
+    for _ in range(_LAUNCHERS_DEEP):
+        pid = _parent(pid)
+        command = _command(pid) if pid > 1 else []
+        if not any(mark in word for word in command[:4] for mark in _LAUNCHERS):
+            break
+        found = command
+    return found
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in words[:-1]]
+
+
+def _parent(pid: int) -> int:
+    try:
+        # The name before it, in brackets, may hold anything.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -21,13 +21,14 @@ from moc_ckpt.integrations.deepspeed.live_state import LiveState
 from moc_ckpt.integrations.deepspeed.pipeline_report import PipelineReport
 from moc_ckpt.integrations.deepspeed.rng import digest_rng
 from moc_ckpt.integrations.deepspeed.rounds import Status, Tally, digest
-from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, commit_info, rank_file
+from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, commit_info, moe_layers, rank_file, topology
 from moc_ckpt.integrations.deepspeed.tuning import Tuner
 from moc_ckpt.pec.holdings import Place, persist_history
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.rotation import Rotation
 from moc_ckpt.pec.selector import Selection
 from moc_ckpt.persist.protocol import Outcome, Retention
+from moc_ckpt.persist.snapshot_record import RECORD, SnapshotRecord, encode_record, pack_learnt
 from moc_ckpt.plan.adaptive_model import Decision
 from moc_ckpt.snapshot.local_slots import DENSE_UNIT, EXTRA_UNIT, LocalSlots, Version
 from moc_ckpt.snapshot.slots import Slot
@@ -36,6 +37,7 @@ from moc_ckpt.snapshot.stager import CopyJob, Piece, Work
 from moc_ckpt.state.plain import encode_plain
 from moc_ckpt.state.unit import expert_unit
 from moc_ckpt.storage.checkpoint import write_failure
+from moc_ckpt.storage.manifest import TensorRecord
 from moc_ckpt.votes import Ballot
 
 if TYPE_CHECKING:
@@ -133,6 +135,8 @@ class Background:
         self._config = moc.config
         self._rank, self._world = moc.comm.rank, moc.comm.world
         self._empty = encode_client_state({}, trust=False) if self._rank == 0 else b""
+        self._topology, self._layers = topology(moc), moe_layers(moc)
+        self._known_hollow: tuple[LiveState, list[TensorRecord]] | None = None
         self.learnt: dict[int, Sequence[np.ndarray]] = {}
 
     def submit(
@@ -225,7 +229,7 @@ class Background:
             tally, ledger, _ = current.result.result()
             self._check(current, tally)
             if current.captured is not None:
-                slot, places, optimizer = self._write_extra(current, tally)
+                slot, places, optimizer = self._write_extra(current, tally, ledger)
                 if save is not None:
                     self._persist(current, save, ledger, slot, places, optimizer)
             if current.job is not None:
@@ -260,7 +264,9 @@ class Background:
         if current.error is not None:
             raise current.error
 
-    def _write_extra(self, current: Round, tally: Tally) -> tuple[Slot, list[tuple[str, int, int]], bytes]:
+    def _write_extra(
+        self, current: Round, tally: Tally, ledger: Ledger
+    ) -> tuple[Slot, list[tuple[str, int, int]], bytes]:
         captured, reader = current.captured, current.live.reader
         assert captured is not None
         own = reader.own_buffers(captured, self._rank, current.live.first_holders, same=tally.same_buffers)
@@ -269,8 +275,8 @@ class Background:
         if self._rank == 0:
             files[CLIENT_STATE] = current.client_state or self._empty
         stored = len(files)
-        # What a part carries, for a recovery that finds nothing but the arena.
-        files |= {"optimizer": optimizer, "state": captured.state}
+        # What parts and commits carry, for a recovery that finds nothing but the arena.
+        files |= {"optimizer": optimizer, "state": captured.state, RECORD: self._record(current, ledger)}
         data, places, descriptor = encode_files(files)
         slot = self.slots.add_extra(data, descriptor, attempt=current.timeline, step=current.step)
         if slot is None:
@@ -280,6 +286,33 @@ class Background:
                 fix="keep client_state small, or use save_mode durable",
             )
         return slot, places[:stored], optimizer
+
+    def _record(self, current: Round, ledger: Ledger) -> bytes:
+        captured, first = current.captured, self._rank == 0
+        assert captured is not None
+        return encode_record(
+            SnapshotRecord(
+                step=current.step,
+                topology=self._topology,
+                moe_layers=self._layers,
+                parameters=current.live.parameters,
+                hollow=self._hollow(current.live),
+                rng=digest_rng(captured.rng),
+                learnt={step: pack_learnt(learnt) for step, learnt in self.learnt.items()},
+                ledger=ledger.to_data() if first and ledger.processed else None,
+                rotation=current.rotation.to_data() if first else None,
+            )
+        )
+
+    def _hollow(self, live: LiveState) -> list[TensorRecord]:
+        if self._known_hollow is None or self._known_hollow[0] is not live:
+            found = [
+                TensorRecord(key.fqn, key.kind, dtype, tuple(shape))
+                for key, (dtype, shape) in live.catalog.declared.items()
+                if 0 in shape
+            ]
+            self._known_hollow = live, found
+        return self._known_hollow[1]
 
     def _persist(
         self,

@@ -6,12 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moc_ckpt.errors import StorageError
 from moc_ckpt.integrations.deepspeed.report import shorten
 from moc_ckpt.pec.selector import Selection
 from moc_ckpt.persist.heartbeat import DirectoryLock, LockIdentity
+from moc_ckpt.persist.process import launch_command
 from moc_ckpt.persist.writer import SaveId
 from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
 from moc_ckpt.storage.base import Base, UnitTensors, open_base
@@ -241,7 +243,13 @@ class Directories:
             )
             parent = step = None
         copied = max((summary.attempt for summary in list_checkpoints(store)), default=0)
-        info = {"world": self._comm.world, "version": self._moc.version}
+        info = {
+            "world": self._comm.world,
+            "version": self._moc.version,
+            # For the one who starts the run again (`moc-ckpt recover`).
+            "command": launch_command(),
+            "cwd": str(Path.cwd()),
+        }
         return open_attempt(store, parent=parent, forked_at_step=step, info=info, after=copied)
 
     def _retain(self, store: Store, manifest: Manifest) -> None:

@@ -12,8 +12,9 @@ from moc_ckpt.errors import MocError, StorageError
 from moc_ckpt.pec.holdings import DirectoryVersions, Place
 from moc_ckpt.pec.selector import SaveHistory, Selection
 from moc_ckpt.persist.protocol import ExtraJob, Outcome, PackJob, Persist, Retention
+from moc_ckpt.persist.slot_packs import SlotUnit, plan_pack
 from moc_ckpt.persist.writer import SaveId, build_part
-from moc_ckpt.plan.save_plan import DENSE, EXPERTS, PackPlan, PlannedFragment, SavePlan
+from moc_ckpt.plan.save_plan import DENSE, EXPERTS, PackPlan, SavePlan
 from moc_ckpt.snapshot.local_slots import Version
 from moc_ckpt.snapshot.slots import Slot
 from moc_ckpt.state.fragment import TensorKey
@@ -22,9 +23,6 @@ from moc_ckpt.storage.manifest import CommitInfo
 from moc_ckpt.storage.store import Store
 
 __all__ = ["Directory", "SaveInFlight", "persist_request"]
-
-# Expert units begin at multiples of it in their pack, as in the arena, so that slots are written as they are.
-_GRAIN = 4096
 
 
 @dataclass(slots=True)
@@ -188,24 +186,14 @@ def persist_request(
 
 def _pack(name: str, versions: Collection[Version], spans: list[list[tuple[int, int, int]]]) -> PackPlan:
     """Lays slots one after the other into a pack, and notes where their bytes are in the arena file."""
-    at = 0
-    fragments: list[PlannedFragment] = []
-    places: list[tuple[int, int, int]] = []
-    end = 0
+    units = []
     for version in versions:
         assert version.source is not None
-        for (unit, fragment), offset in zip(version.source.fragments, version.source.offsets, strict=True):
-            fragments.append(PlannedFragment(len(fragments), fragment, unit, at + offset))
-        left, inside = version.source.nbytes, at
-        for offset, room in version.slot.extents:
-            count = min(left, room)
-            places.append((inside, offset, count))
-            left, inside = left - count, inside + count
-        end = at + version.source.nbytes
-        at += -(-version.source.nbytes // _GRAIN) * _GRAIN
+        source = version.source
+        units.append(SlotUnit(source.fragments, source.offsets, source.nbytes, version.slot.extents))
+    pack, places = plan_pack(name, units)
     spans.append(places)
-    fragments.sort(key=lambda item: item.offset)
-    return PackPlan(name, end, tuple(fragments))
+    return pack
 
 
 def _in_file(slot: Slot, at: int) -> int:

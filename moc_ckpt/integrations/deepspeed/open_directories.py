@@ -64,7 +64,9 @@ class OpenDirectories:
         self._open.pop(self._url(save_dir), None)
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Forgets all: the live state belongs to no attempt of theirs any more."""
+        if self._open:
+            self._host.arena.update_identity(url=None, attempt=None)
         self._open.clear()
 
     def _url(self, save_dir: str) -> str:

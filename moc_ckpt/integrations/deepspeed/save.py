@@ -284,10 +284,9 @@ def commit_info(
         selected: expert units that the save takes.
         state: the encoded map for `state.msgpack`.
     """
-    layers = moc.view.names.layers
     return CommitInfo(
-        topology=_topology(moc),
-        moe_layers=[MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in layers],
+        topology=topology(moc),
+        moe_layers=moe_layers(moc),
         save_latest=save_latest,
         ledger=ledger,
         selected=selected,
@@ -295,7 +294,13 @@ def commit_info(
     )
 
 
-def _topology(moc: MocCheckpoint) -> Topology:
+def moe_layers(moc: MocCheckpoint) -> list[MoELayerRecord]:
+    """Returns the model's MoE layers as a manifest has them."""
+    return [MoELayerRecord(layer.ordinal, layer.prefix, layer.num_experts) for layer in moc.view.names.layers]
+
+
+def topology(moc: MocCheckpoint) -> Topology:
+    """Returns the run as a manifest has it."""
     import deepspeed
 
     engine = moc.engine

@@ -1,0 +1,232 @@
+"""What the arenas of a job hold, and which of it makes one consistent state (DESIGN sections 4 and 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from moc_ckpt.errors import CorruptionError, MocError, StorageError
+from moc_ckpt.persist.slot_packs import SlotUnit
+from moc_ckpt.persist.snapshot_record import RECORD, SnapshotRecord, decode_record
+from moc_ckpt.snapshot.arena import Arena
+from moc_ckpt.snapshot.places import find_arenas
+from moc_ckpt.snapshot.slots import Slot, SlotState
+from moc_ckpt.state.fragment import Fragment
+from moc_ckpt.state.unit import parse_expert_unit
+
+__all__ = ["JobMemory", "MemoryChoice", "MemoryVersions", "RankMemory", "choose", "open_memory"]
+
+_WHOLE = (SlotState.FILLED, SlotState.PERSISTING, SlotState.COMMITTED)
+_DENSE = "dense"
+_EXTRA = "extra"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryVersions:
+    """The steps of which one rank's memory holds something whole; all of one timeline.
+
+    Attributes:
+        dense: of its dense state; empty if it has none to write.
+        extra: of the state beside tensors. It is written last, so a snapshot without it is not whole on this rank.
+        experts: of each expert unit of which the rank holds a part.
+    """
+
+    dense: frozenset[int]
+    extra: frozenset[int]
+    experts: Mapping[str, frozenset[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryChoice:
+    """One consistent state in memory.
+
+    Attributes:
+        step: of all dense and scalar state (invariant I3).
+        experts: expert unit -> step of its newest version that is whole on every rank that holds a part of it, not
+            after `step`.
+    """
+
+    step: int
+    experts: Mapping[str, int]
+
+
+def choose(ranks: Mapping[int, MemoryVersions], world: int) -> MemoryChoice | None:
+    """Finds the newest consistent state in memory. Pure.
+
+    Args:
+        ranks: what the memory of each reachable rank holds.
+        world: number of ranks of the run.
+
+    Returns:
+        The state; None if there is no step of which every rank of the world holds all of its dense state: dense state
+        is sharded, so that one rank that is gone takes a part of it along.
+    """
+    if set(ranks) != set(range(world)):
+        return None
+    common: frozenset[int] | None = None
+    for rank in ranks.values():
+        own = rank.extra & rank.dense if rank.dense else rank.extra
+        common = own if common is None else common & own
+    if not common:
+        return None
+    step = max(common)
+    shared: dict[str, frozenset[int]] = {}
+    for rank in ranks.values():
+        for unit, steps in rank.experts.items():
+            shared[unit] = shared[unit] & steps if unit in shared else steps
+    found = {unit: max((at for at in steps if at <= step), default=None) for unit, steps in shared.items()}
+    return MemoryChoice(step, {unit: at for unit, at in sorted(found.items()) if at is not None})
+
+
+@dataclass(slots=True)
+class RankMemory:
+    """One rank's arena, open for reading. Not thread-safe.
+
+    Attributes:
+        arena: the arena.
+        rank: the rank.
+        slots: (unit, step) -> its whole slot, of the newest timeline.
+    """
+
+    arena: Arena
+    rank: int
+    slots: dict[tuple[str, int], Slot] = field(default_factory=dict)
+    _files: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def versions(self) -> MemoryVersions:
+        """What it holds."""
+        experts: dict[str, set[int]] = {}
+        for unit, step in self.slots:
+            if parse_expert_unit(unit) is not None:
+                experts.setdefault(unit, set()).add(step)
+        return MemoryVersions(
+            frozenset(step for unit, step in self.slots if unit == _DENSE),
+            frozenset(step for unit, step in self.slots if unit == _EXTRA),
+            {unit: frozenset(steps) for unit, steps in experts.items()},
+        )
+
+    def unit(self, unit: str, step: int) -> SlotUnit:
+        """Returns what a slot holds.
+
+        Raises:
+            CorruptionError: if its descriptor cannot be read.
+        """
+        slot = self.slots[unit, step]
+        try:
+            rows = msgspec.msgpack.decode(
+                self.arena.table.descriptor(slot),
+                type=list[tuple[str, str, str, str, tuple[int, ...], int, int, int]],
+            )
+        except msgspec.MsgspecError as error:
+            raise self._damaged(slot, error) from error
+        fragments = [(name, Fragment(*address)) for name, *address, _ in rows]  # type: ignore[arg-type]
+        return SlotUnit(fragments, [row[-1] for row in rows], slot.nbytes, slot.extents)
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """Returns the files of a snapshot's extra slot by name.
+
+        Raises:
+            CorruptionError: if they cannot be read.
+        """
+        slot = self.slots[_EXTRA, step]
+        try:
+            places = msgspec.msgpack.decode(self.arena.table.descriptor(slot), type=list[tuple[str, int, int]])
+        except msgspec.MsgspecError as error:
+            raise self._damaged(slot, error) from error
+        data = self.arena.read_slot(slot)
+        return {name: data[at : at + nbytes] for name, at, nbytes in places}
+
+    def record(self, step: int) -> SnapshotRecord:
+        """Returns the record of a snapshot.
+
+        Raises:
+            StorageError: if it has none, or it cannot be read.
+        """
+        data = self.files(step).get(RECORD)
+        if data is None:
+            raise StorageError(
+                "the snapshot has no record of its run",
+                where=str(self.arena.path),
+                fix="it was made by an older moc_ckpt; recover with that version",
+            )
+        return decode_record(data, str(self.arena.path))
+
+    def _damaged(self, slot: Slot, error: Exception) -> CorruptionError:
+        return CorruptionError(
+            f"the descriptor of {slot.unit} of step {slot.step} is damaged: {error}",
+            where=str(self.arena.path),
+            fix="recover from storage: moc-ckpt recover DIR --no-memory",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobMemory:
+    """The arenas of a job's newest run on this node.
+
+    Attributes:
+        run: id of the run.
+        world: number of its ranks.
+        url: the directory that it saved into last; None if none is open.
+        attempt: its attempt there.
+        created: when it began, in seconds since 1970.
+        ranks: the arenas that could be read.
+        unreadable: why others could not, by path.
+    """
+
+    run: str
+    world: int
+    url: str | None
+    attempt: int | None
+    created: float
+    ranks: Mapping[int, RankMemory]
+    unreadable: Mapping[Path, str]
+
+    @property
+    def absent(self) -> Sequence[int]:
+        """Ranks whose memory is not here."""
+        return sorted(set(range(self.world)) - set(self.ranks))
+
+    def choose(self) -> MemoryChoice | None:
+        """Returns the newest consistent state; None if there is none."""
+        return choose({rank: memory.versions for rank, memory in self.ranks.items()}, self.world)
+
+
+@contextmanager
+def open_memory(folder: Path) -> Iterator[JobMemory | None]:
+    """Opens the arenas of a job's newest run for reading; yields None if it has none.
+
+    Of a rank that restored while it ran, only what came after the last restore counts: what was rolled back is gone.
+
+    Args:
+        folder: the job's directory in shared memory (`places.job_dir`).
+    """
+    with ExitStack() as stack:
+        runs: dict[str, list[Arena]] = {}
+        unreadable: dict[Path, str] = {}
+        for path in find_arenas(folder):
+            try:
+                arena = stack.enter_context(Arena.open(path))
+                runs.setdefault(arena.identity.run, []).append(arena)
+            except MocError as error:
+                unreadable[path] = error.what
+        if not runs:
+            yield None
+            return
+        run, arenas = max(runs.items(), key=lambda item: max(arena.identity.created for arena in item[1]))
+        live = {arena.identity.rank: (arena, arena.table.live()) for arena in arenas}
+        timeline = max((slot.attempt for _, slots in live.values() for slot in slots), default=0)
+        ranks = {}
+        for rank, (arena, slots) in sorted(live.items()):
+            whole = [slot for slot in slots if slot.state in _WHOLE and slot.attempt == timeline]
+            ranks[rank] = RankMemory(arena, rank, {(slot.unit, slot.step): slot for slot in whole})
+        first = min(live)
+        identity = live[first][0].identity
+        # Every rank opens a directory at the same place; one that was killed in between has not.
+        opened = {(arena.identity.url, arena.identity.attempt) for arena in arenas}
+        url, attempt = (identity.url, identity.attempt) if len(opened) == 1 else (None, None)
+        yield JobMemory(run, identity.world, url, attempt, identity.created, ranks, unreadable)

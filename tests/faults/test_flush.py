@@ -1,0 +1,169 @@
+"""What memory holds after all trainers were killed comes to storage, and restores bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import harness
+from distributed.pec_tools import Diary, tags, verified
+from distributed.pool import CaseHang, Pool
+from distributed.test_pipeline import build, slow_down
+from typer.testing import CliRunner
+
+from moc_ckpt.cli.main import app
+from moc_ckpt.errors import StaleAttemptError, StorageError
+from moc_ckpt.recovery.flush import flush_job
+from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key
+from moc_ckpt.storage.attempts import open_attempt
+from moc_ckpt.storage.checkpoint import latest_tag, load_manifest
+from moc_ckpt.storage.store import open_store
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+
+ROW = "w2_ep1"
+WORLD = 2
+LAST = 7
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[Pool]:
+    """Processes of their own: these die."""
+    with Pool() as own:
+        yield own
+
+
+@pytest.fixture(autouse=True)
+def their_memory(victims: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOC_SHM_DIR", str(victims._shared))
+
+
+def section(path: str, **more: Any) -> dict[str, Any]:
+    return {
+        "k_snapshot": 1,
+        "snapshot_interval": 1,
+        "persist_interval": 4,
+        "save_dir": path,
+        "storage": {"keep_last": 0},
+        "host": {"linger_s": 20.0},
+        **more,
+    }
+
+
+def case_killed(ctx: Any, path: str, when: str) -> None:
+    diary = Diary(ctx, f"{path}/c", f"{path}/kept")
+    engine = build(ctx, ROW, None, **section(diary.path))
+    engine.moc.register_state(lambda: {"seen": engine.global_steps})
+    for step in range(LAST):
+        if when == "copy" and step == LAST - 1:
+            engine.moc.pipeline.host.votes.idle(30)
+            engine.moc.pipeline.host.stager.join()
+            if ctx.rank == 1:
+                slow_down(30.0)
+        harness.train(engine, 1)
+        diary.note(engine, attempt=1)
+    if when == "idle":
+        engine.moc.wait()
+        engine.moc.pipeline.host.votes.idle(30)
+    Path(path, f"died{ctx.rank}").write_text("")
+    ctx.barrier()
+    if when == "alive":
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def case_resume(ctx: Any, path: str) -> dict[str, Any]:
+    diary = Diary(ctx, f"{path}/c", f"{path}/kept")
+    engine = build(ctx, ROW, None, seed=3, save_mode="durable")
+    harness.train(engine, 1, data_seed=5)
+    wrong = diary.load(engine)
+    found = engine.global_steps
+    _, state = engine.load_checkpoint(diary.path)
+    plt = engine.moc.pec.ledger.plt
+    # What the directory holds is known: the next saves are exact as well.
+    for _ in range(2):
+        harness.train(engine, 1)
+        diary.note(engine, attempt=2)
+        engine.save_checkpoint(diary.path)
+    other = build(ctx, ROW, None, seed=4, save_mode="durable")
+    for tag in tags(diary.path):
+        wrong += diary.load(other, tag)
+    return {"wrong": wrong, "found": found, "state": state, "plt": plt}
+
+
+def folder_of(path: Path) -> Path:
+    return job_dir(job_key(path), create=False)
+
+
+def kill(victims: Pool, path: Path, when: str) -> Path:
+    with pytest.raises(CaseHang):
+        victims.run(WORLD, case_killed, path=str(path), when=when, deadline=60.0)
+    assert (path / "died0").exists() and (path / "died1").exists(), "the case failed before its end"
+    return path / "c"
+
+
+@pytest.mark.parametrize("when", ["idle", "at once", "copy"])
+def test_memory_outlives_the_trainers(victims: Pool, pool: Pool, tmp_path: Path, when: str) -> None:
+    ckpt = kill(victims, tmp_path, when)
+    store = open_store(str(ckpt))
+    before = load_manifest(store, "global_step4")
+    flush, manifest = flush_job(folder_of(ckpt), store)
+    assert flush is not None and manifest is not None
+    assert latest_tag(store) == manifest.tag == f"global_step{manifest.step}"
+    # Between the step and its record lies a vote, so a kill at once may find the step before.
+    assert manifest.step in {"idle": (LAST,), "at once": (LAST - 1, LAST), "copy": (LAST - 1,)}[when]
+    assert verified(str(ckpt), manifest.tag) == []
+    ahead = [unit for unit in manifest.units if unit.step > before.step]
+    assert {unit.name for unit in ahead if unit.name.startswith("expert")} == set(flush.experts)
+    assert all(unit.step == manifest.step for unit in manifest.units if unit.name.startswith("dense"))
+    # A second time there is nothing to do.
+    assert flush_job(folder_of(ckpt), store) == (None, None)
+    for answer in pool.run(WORLD, case_resume, path=str(tmp_path)):
+        assert answer["wrong"] == []
+        assert answer["found"] == manifest.step
+        assert answer["state"] == {"seen": manifest.step}
+        assert 0 <= answer["plt"] < 1
+
+
+def test_what_cannot_be_flushed_is_refused(victims: Pool, tmp_path: Path) -> None:
+    ckpt = kill(victims, tmp_path, "idle")
+    store, folder = open_store(str(ckpt)), folder_of(ckpt)
+    with pytest.raises(StorageError, match=r"belongs to .*/c\b"):
+        flush_job(folder, open_store(str(tmp_path / "other"), create=True))
+    flush, manifest = flush_job(folder, store, dry_run=True)
+    assert flush is not None and flush.step == LAST and manifest is None
+    assert latest_tag(store) == "global_step4"
+    _, second = find_arenas(folder)
+    hidden = second.with_suffix(".hidden")
+    second.rename(hidden)
+    with pytest.raises(StorageError, match="memory of ranks 1 of 2 is not on this node"):
+        flush_job(folder, store)
+    hidden.rename(second)
+    assert open_attempt(store, 1, 4).attempt == 2
+    with pytest.raises(StaleAttemptError, match="of attempt 1; the directory belongs to attempt 2"):
+        flush_job(folder, store)
+    assert latest_tag(store) == "global_step4"
+
+
+def test_recover_says_what_comes_back(victims: Pool, tmp_path: Path) -> None:
+    ckpt = kill(victims, tmp_path, "idle")
+    runner = CliRunner()
+    shown = runner.invoke(app, ["recover", str(ckpt), "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "global_step7" in shown.output and latest_tag(open_store(str(ckpt))) == "global_step4"
+    done = runner.invoke(app, ["recover", str(ckpt), "--json"])
+    assert done.exit_code == 0, done.output
+    import json
+
+    data = json.loads(done.stdout)
+    assert data["tag"] == "global_step7" and data["step"] == 7 and data["flushed"] is True
+    manifest = load_manifest(open_store(str(ckpt)), "global_step7")
+    behind = {unit.name: 7 - unit.step for unit in manifest.units if unit.name.startswith("expert")}
+    assert {item["unit"]: item["behind"] for item in data["experts"]} == {
+        name: steps for name, steps in behind.items() if steps
+    }
