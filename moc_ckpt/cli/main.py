@@ -11,6 +11,7 @@ from moc_ckpt.cli.agent import agent
 from moc_ckpt.cli.gc import gc
 from moc_ckpt.cli.inspect import inspect
 from moc_ckpt.cli.plan import PlanCommand, plan
+from moc_ckpt.cli.recover import recover
 from moc_ckpt.cli.verify import verify
 
 __all__ = ["app", "main"]
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(inspect)
+app.command()(recover)
 app.command()(verify)
 app.command(cls=PlanCommand)(plan)
 app.command()(gc)
