@@ -60,6 +60,10 @@ class HostConfig(_Section):
 class RecoveryConfig(_Section):
     """What `load_checkpoint` may do."""
 
+    memory: bool = Field(
+        True,
+        description="a run that starts first brings to storage what the memory of the one before it still holds",
+    )
     require_resume: bool = Field(
         False, description="raise where nothing is saved, instead of returning (None, None) as DeepSpeed does"
     )

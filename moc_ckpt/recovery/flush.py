@@ -7,7 +7,7 @@ newer than the directory: dense state of the newest step that is whole on every 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +69,9 @@ class Flush:
 
     @property
     def tag(self) -> str:
-        """Tag of the checkpoint that it makes."""
-        return f"global_step{self.step}"
+        """Tag of the checkpoint that it makes: the one that storage has of this step, if there is one."""
+        same = self.newest is not None and self.newest.step == self.step and not self.newest.kept
+        return self.newest.tag if same and self.newest is not None else f"global_step{self.step}"
 
 
 def plan_flush(memory: JobMemory, store: Store) -> Flush | None:
@@ -154,6 +155,7 @@ def flush_job(
     folder: Path,
     store: Store | None = None,
     *,
+    only: Container[Path] | None = None,
     deadline_s: float = 600.0,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -165,6 +167,7 @@ def flush_job(
     Args:
         folder: the job's directory in shared memory.
         store: the checkpoint root; None: the one that the job saved into last.
+        only: look at these arenas alone; None for all of the job.
         deadline_s: seconds to wait for the agent.
         dry_run: only say what would be written.
         progress: is told the bytes written, and all.
@@ -177,7 +180,7 @@ def flush_job(
         StaleAttemptError: if a later run owns the directory.
     """
     _wait_for_agent(folder, deadline_s)
-    with open_memory(folder) as memory:
+    with open_memory(folder, only) as memory:
         if memory is None:
             return None, None
         _refuse_living(memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,18 +197,21 @@ class JobMemory:
 
 
 @contextmanager
-def open_memory(folder: Path) -> Iterator[JobMemory | None]:
+def open_memory(folder: Path, only: Container[Path] | None = None) -> Iterator[JobMemory | None]:
     """Opens the arenas of a job's newest run for reading; yields None if it has none.
 
     Of a rank that restored while it ran, only what came after the last restore counts: what was rolled back is gone.
 
     Args:
         folder: the job's directory in shared memory (`places.job_dir`).
+        only: look at these arenas alone; None for all.
     """
     with ExitStack() as stack:
         runs: dict[str, list[Arena]] = {}
         unreadable: dict[Path, str] = {}
         for path in find_arenas(folder):
+            if only is not None and path not in only:
+                continue
             try:
                 arena = stack.enter_context(Arena.open(path))
                 runs.setdefault(arena.identity.run, []).append(arena)

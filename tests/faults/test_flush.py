@@ -130,6 +130,32 @@ def test_memory_outlives_the_trainers(victims: Pool, pool: Pool, tmp_path: Path,
         assert 0 <= answer["plt"] < 1
 
 
+def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
+    """Just starts the run again, as torchrun does."""
+    diary = Diary(ctx, f"{path}/c", f"{path}/kept")
+    engine = build(ctx, ROW, None, seed=3, **section(diary.path, recovery={"memory": use}))
+    harness.train(engine, 1, data_seed=5)
+    wrong = diary.load(engine)
+    found = engine.global_steps
+    for _ in range(4):
+        harness.train(engine, 1)
+        diary.note(engine, attempt=2)
+        engine.moc.wait()
+    other = build(ctx, ROW, None, seed=4, save_mode="durable")
+    for tag in tags(diary.path):
+        wrong += diary.load(other, tag)
+    return {"wrong": wrong, "found": found, "tags": tags(diary.path)}
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, use: bool) -> None:
+    ckpt = kill(victims, tmp_path, "idle")
+    for answer in victims.run(WORLD, case_restart, path=str(tmp_path), use=use):
+        assert answer["wrong"] == []
+        assert answer["found"] == (LAST if use else 4)
+    assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
+
+
 def test_what_cannot_be_flushed_is_refused(victims: Pool, tmp_path: Path) -> None:
     ckpt = kill(victims, tmp_path, "idle")
     store, folder = open_store(str(ckpt)), folder_of(ckpt)

@@ -24,6 +24,7 @@ from moc_ckpt.persist.client import AgentClient
 from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello, Status, StatusRequest
 from moc_ckpt.persist.survey import ask_agent
 from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
+from moc_ckpt.recovery.flush import flush_job
 from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity, forsaken, writer_pid
 from moc_ckpt.snapshot.places import UNNAMED, arena_path, find_arenas, job_dir, job_key
 from moc_ckpt.snapshot.stager import Stager, register, unregister
@@ -228,13 +229,30 @@ class Host:
                 logger.info("waiting for the agent to write what ranks %s of the last run left", busy)
                 told = True
             time.sleep(_POLL_S)
-        for path in find_arenas(self._folder):
-            if path not in _own and writer_pid(path) is None:
-                logger.info("removing %s of a run that is over", path.name)
-                path.unlink(missing_ok=True)
+        over = [path for path in find_arenas(self._folder) if path not in _own and writer_pid(path) is None]
+        if over and self._config.recovery.memory:
+            self._rescue(over)
+        for path in over:
+            logger.info("removing %s of a run that is over", path.name)
+            path.unlink(missing_ok=True)
         for folder in forsaken(self._folder.parent, _own):
             logger.info("removing %s, which no run can find any more", folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _rescue(self, arenas: list[Path]) -> None:
+        """Brings what the memory of the last run holds to storage, where a load finds it. Never raises for it."""
+        try:
+            flush, manifest = flush_job(self._folder, only=arenas, deadline_s=self._config.timeouts.commit_s / 4)
+        except Exception as error:  # the run that is over must not keep this one from starting
+            logger.warning("what memory held of the last run is given up: %s", str(error).replace("\n  ", "; "))
+            return
+        if flush is not None and manifest is not None:
+            logger.info(
+                "RECOVERED from the memory of the last run: step %d and %d experts newer than storage are now %s",
+                manifest.step,
+                len(flush.experts),
+                manifest.tag,
+            )
 
     def _need(self) -> ArenaNeed:
         """Sizes the arena; with K `auto` it is as large as the budget, or else shared memory, allows."""
