@@ -36,6 +36,7 @@ setup(
         "msgspec>=0.18",
         "numpy>=1.24",
         "crc32c>=2.7",
+        "ml_dtypes>=0.3",
         "wrapt>=1.16",
     ],
     extras_require={

@@ -8,6 +8,7 @@ import typer
 
 from moc_ckpt._version import __version__
 from moc_ckpt.cli.agent import agent
+from moc_ckpt.cli.export import export
 from moc_ckpt.cli.gc import gc
 from moc_ckpt.cli.inspect import inspect
 from moc_ckpt.cli.plan import PlanCommand, plan
@@ -30,6 +31,7 @@ app.command()(recover)
 app.command()(verify)
 app.command(cls=PlanCommand)(plan)
 app.command()(gc)
+app.command()(export)
 app.add_typer(agent)
 
 
