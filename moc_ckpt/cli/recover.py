@@ -20,7 +20,7 @@ from moc_ckpt.recovery.memory import open_memory
 from moc_ckpt.recovery.report import LayerLoss, RestoreCost, restore_cost
 from moc_ckpt.storage import verify as storage_verify
 from moc_ckpt.storage.attempts import list_attempts
-from moc_ckpt.storage.checkpoint import LATEST, LOCK, latest_tag, list_checkpoints, load_manifest
+from moc_ckpt.storage.checkpoint import LATEST, LOCK, latest_tag, list_tags, load_manifest
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store, open_store
@@ -129,16 +129,17 @@ def _choose(store: Store, tag: str | None, found: _Found, *, verify: bool) -> No
         else:
             found.manifest = manifest
         return
-    for summary in list_checkpoints(store) if store.root_exists() else []:
-        if summary.error:
-            found.damaged.append((summary.tag, summary.error))
-            continue
-        manifest = load_manifest(store, summary.tag)
-        if found.manifest is None:
-            if trouble := _trouble(store, manifest, verify=verify):
-                found.damaged.append((summary.tag, trouble))
-            else:
-                found.manifest = manifest
+    manifests = []
+    for name in list_tags(store) if store.root_exists() else []:
+        try:
+            manifests.append(load_manifest(store, name))
+        except StorageError as error:
+            found.damaged.append((name, error.what))
+    for manifest in sorted(manifests, key=lambda item: item.order, reverse=True):
+        if not (trouble := _trouble(store, manifest, verify=verify)):
+            found.manifest = manifest
+            break
+        found.damaged.append((manifest.tag, trouble))
 
 
 def _trouble(store: Store, manifest: Manifest, *, verify: bool) -> str:
@@ -177,7 +178,8 @@ def _repair_latest(store: Store, found: _Found, *, dry_run: bool) -> None:
     assert found.manifest is not None
     try:
         named = latest_tag(store)
-        good = named is not None and load_manifest(store, named) is not None
+        # A checkpoint that is damaged otherwise is passed over by a load; `latest` only has to name one.
+        good = named is not None and (named == found.manifest.tag or load_manifest(store, named) is not None)
     except MocError:
         good = False
     if not good:

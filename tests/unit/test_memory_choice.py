@@ -1,0 +1,59 @@
+"""Which state in memory is whole: against every possibility, tried out."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moc_ckpt.recovery.memory import MemoryChoice, MemoryVersions, choose
+
+STEPS = st.frozensets(st.integers(1, 6), max_size=5)
+UNITS = ("expert/0/0", "expert/0/1", "expert/1/0")
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[dict[int, MemoryVersions], int]:
+    world = draw(st.integers(1, 4))
+    present = draw(st.sets(st.integers(0, world - 1), min_size=max(0, world - 1)))
+    ranks = {}
+    for rank in sorted(present):
+        owned = draw(st.sets(st.sampled_from(UNITS)))
+        dense = draw(st.one_of(st.just(frozenset()), STEPS))
+        ranks[rank] = MemoryVersions(dense, draw(STEPS), {unit: draw(STEPS) for unit in sorted(owned)})
+    return ranks, world
+
+
+def brute_force(ranks: dict[int, MemoryVersions], world: int) -> MemoryChoice | None:
+    if sorted(ranks) != list(range(world)):
+        return None
+    for step in range(6, 0, -1):
+        if all(step in rank.extra and (not rank.dense or step in rank.dense) for rank in ranks.values()):
+            break
+    else:
+        return None
+    experts = {}
+    for unit in UNITS:
+        owners = [rank.experts[unit] for rank in ranks.values() if unit in rank.experts]
+        whole = [at for at in range(1, step + 1) if owners and all(at in steps for steps in owners)]
+        if whole:
+            experts[unit] = whole[-1]
+    return MemoryChoice(step, experts)
+
+
+@settings(max_examples=600, deadline=None)
+@given(worlds())
+def test_the_choice_is_the_newest_whole_state(case: tuple[dict[int, MemoryVersions], int]) -> None:
+    ranks, world = case
+    assert choose(ranks, world) == brute_force(ranks, world)
+
+
+def test_a_rank_that_is_gone_takes_dense_state_along() -> None:
+    held = MemoryVersions(frozenset({3}), frozenset({3}), {"expert/0/0": frozenset({1, 3})})
+    assert choose({0: held, 1: held}, 2) == MemoryChoice(3, {"expert/0/0": 3})
+    assert choose({0: held}, 2) is None
+
+
+def test_half_an_expert_does_not_count() -> None:
+    one = MemoryVersions(frozenset({4}), frozenset({4}), {"expert/0/0": frozenset({2, 4})})
+    other = MemoryVersions(frozenset({4}), frozenset({4}), {"expert/0/0": frozenset({2, 3})})
+    assert choose({0: one, 1: other}, 2) == MemoryChoice(4, {"expert/0/0": 2})
