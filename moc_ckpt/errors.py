@@ -15,6 +15,7 @@ __all__ = [
     "FormatError",
     "MocError",
     "ModelMismatchError",
+    "NewerFormatError",
     "NotPlainError",
     "RankError",
     "RendezvousTimeoutError",
@@ -73,6 +74,10 @@ class CheckpointNotFoundError(StorageError):
 
 class FormatError(StorageError):
     """A file is not in this package's format, or in a newer version of it."""
+
+
+class NewerFormatError(FormatError):
+    """A file is whole, but of a newer version of the format."""
 
 
 class CorruptionError(StorageError):

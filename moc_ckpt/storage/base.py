@@ -18,6 +18,7 @@ from moc_ckpt.storage.store import Store
 __all__ = ["Base", "UnitTensors", "choose_versions", "find_base", "open_base", "unit_tensors"]
 
 _CHECKS_AT_ONCE = 8
+_NONE = Version(-1, -1)
 
 UnitTensors = Mapping[tuple[str, str], tuple[str, tuple[int, ...]]]
 """What a unit consists of: (fqn, state kind) -> dtype and shape."""
@@ -125,6 +126,7 @@ def open_base(
     layers: Sequence[MoELayer],
     required: Mapping[str, UnitTensors],
     known: Collection[Manifest] = (),
+    spoilt: Mapping[str, Version] | None = None,
 ) -> Base:
     """Finds what a save can leave to older checkpoints, and what it cannot (invariant I5).
 
@@ -135,6 +137,8 @@ def open_base(
         layers: the model's MoE layers.
         required: what every expert unit must consist of now (`unit_tensors`).
         known: checkpoints that this attempt committed here, which saves reading them again.
+        spoilt: by expert unit, a version that a restore found damaged, which the files' sizes do not show. As long as
+            the directory has nothing newer, the expert is saved anew: what is left of it is older than it could be.
 
     Raises:
         StorageError: if the directory cannot be read.
@@ -151,18 +155,25 @@ def open_base(
     lost = _lost_packs(store, manifests)
     changed: list[str] = []
     gone: list[str] = []
+    older: list[str] = []
     for manifest, own in chosen:
+        older += sorted(
+            unit.name
+            for unit in manifest.units
+            if unit.name in own and unit.version <= (spoilt or {}).get(unit.name, _NONE)
+        )
         stored = unit_tensors(manifest.declared(), layers)
         changed += sorted(name for name in own if not _alike(stored.get(name, {}), required[name]))
         gone += sorted(
             {manifest.units[row.unit].name for row in manifest.fragments if manifest.packs[row.pack].path in lost} & own
         )
-    unusable = {*changed, *gone}
+    unusable = {*changed, *gone, *older}
     stored_somewhere = set().union(*(own for _, own in chosen))
     forced = {name for name in required if name not in stored_somewhere or name in unusable}
     reasons = {
         "their packs are gone or damaged": tuple(gone),
         "they consist of other tensors now": tuple(name for name in changed if name not in set(gone)),
+        "their newest version was found damaged": tuple(name for name in older if name not in {*gone, *changed}),
     }
     steps = {
         place: unit.step

@@ -17,6 +17,7 @@ from moc_ckpt.errors import (
     StorageError,
     UnsupportedError,
 )
+from moc_ckpt.state.unit import Version
 from moc_ckpt.storage.checksum import crc32c
 from moc_ckpt.storage.envelope import open_envelope, seal_envelope
 from moc_ckpt.storage.manifest import ExtraRecord, Manifest, Part, decode_manifest, decode_part, encode_part
@@ -44,6 +45,7 @@ __all__ = [
     "outcome_key",
     "pack_key",
     "part_key",
+    "part_version",
     "parts_status",
     "read_extra",
     "read_outcome",
@@ -230,6 +232,22 @@ def read_parts(store: Store, tag: str, save_id: str) -> list[Part]:
         if data is not None:
             parts.append(decode_part(data, store.locate(key)))
     return sorted(parts, key=lambda part: part.rank)
+
+
+def part_version(store: Store, tag: str) -> Version | None:
+    """Returns the newest version that parts below a tag are of; None if none can be read.
+
+    It tells what a checkpoint was whose manifest is damaged.
+    """
+    found: list[Version] = []
+    for key in store.list(tag):
+        data = store.read(key) if _PART.search(key) else None
+        if data is not None:
+            try:
+                found.append(decode_part(data, store.locate(key)).version)
+            except StorageError:
+                continue
+    return max(found, default=None)
 
 
 def parts_status(store: Store, tag: str, save_id: str) -> PartsStatus:

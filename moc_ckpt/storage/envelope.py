@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
-from moc_ckpt.errors import CorruptionError, FormatError
+from moc_ckpt.errors import CorruptionError, FormatError, NewerFormatError
 from moc_ckpt.storage.checksum import crc32c
 
 __all__ = ["FORMAT_VERSION", "open_envelope", "seal_envelope"]
@@ -67,8 +67,14 @@ def open_envelope(data: bytes, body_type: type[_T], where: str) -> _T:
     header, raw = envelope.moc_ckpt, bytes(envelope.body)
     actual = _checksum(header.format_version, raw)
     if header.format_version > FORMAT_VERSION:
+        if any(header.crc32c == _checksum(version, raw) for version in range(1, FORMAT_VERSION + 1)):
+            raise CorruptionError(
+                f"the file is damaged: it says format version {header.format_version}, its checksum is of an older one",
+                where=where,
+                fix=fix,
+            )
         # Before the checksum, whose definition a newer version may have changed.
-        raise FormatError(
+        raise NewerFormatError(
             f"the file has format version {header.format_version}; this moc_ckpt reads versions up to {FORMAT_VERSION}",
             where=where,
             fix="upgrade moc_ckpt" + ("" if header.crc32c == actual else ", unless the file is damaged"),

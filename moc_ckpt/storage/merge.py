@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -23,7 +23,7 @@ from moc_ckpt.storage.manifest import (
     UnitRecord,
 )
 
-__all__ = ["check_parts", "commit_info", "merge_parts", "merge_state", "missing_experts"]
+__all__ = ["check_parts", "commit_info", "merge_parts", "merge_state", "missing_experts", "replace_experts"]
 
 _R = TypeVar("_R")
 
@@ -199,6 +199,46 @@ def merge_parts(
         extra=extra,
         ledger=info.ledger,
         kept=not info.save_latest,
+    )
+
+
+def replace_experts(manifest: Manifest, sources: Mapping[str, Manifest]) -> Manifest:
+    """Returns a manifest with some experts' versions and places taken from others: what a restore reads after damage.
+
+    Such a manifest is never written: the next save takes these experts itself.
+
+    Args:
+        manifest: the checkpoint to be restored.
+        sources: by unit, the manifest to take it from.
+
+    Raises:
+        CoverageError: if the result is not a whole checkpoint.
+    """
+    tensors = _Index[TensorRecord](lambda record: record.key, _tensor_clash)
+    units = _Index[UnitRecord](lambda record: record.name, _unit_clash)
+    packs = _Index[PackRecord](lambda record: record.path, _pack_clash)
+    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    unit_of = UnitMap(manifest.layers).unit_of
+    groups: dict[str, tuple[Manifest, set[str]]] = {}
+    for unit, source in sources.items():
+        groups.setdefault(f"{source.tag}/{source.save_id}", (source, set()))[1].add(unit)
+    kept = {unit.name for unit in manifest.units} - sources.keys()
+    for source, names in [(manifest, kept), *groups.values()]:
+        for tensor in source.tensors:
+            # Dense tensors come from the checkpoint itself, and some have no fragment (no elements).
+            if (EXPERTS_MARK in tensor.fqn or source is manifest) and unit_of(tensor.fqn) in names:
+                tensors.add(tensor)
+        _add(source, names, tensors, units, packs, rows)
+    keys = [tensor.key for tensor in tensors.records]
+    declared = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors.records}
+    check_experts(manifest.moe_layers, declared)
+    check_coverage(declared, ((keys[row[1]], row[3], row[4]) for row in rows))
+    return msgspec.structs.replace(
+        manifest,
+        units=units.records,
+        tensors=tensors.records,
+        packs=packs.records,
+        fragments=FragmentTable.from_rows(rows),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from crc32c import crc32c
 
-from moc_ckpt.errors import CorruptionError, FormatError
+from moc_ckpt.errors import CorruptionError, NewerFormatError
 
 __all__ = [
     "ALIGNMENT",
@@ -193,7 +193,7 @@ def decode_metadata(data: bytes, where: str) -> PackLayout:
 
     Raises:
         CorruptionError: if it is damaged.
-        FormatError: if it is intact but of a newer format version.
+        NewerFormatError: if it is intact but of a newer format version.
     """
     damaged = CorruptionError(
         "the metadata of a pack is damaged", where=where, fix="restore from another checkpoint (`moc-ckpt inspect`)"
@@ -207,7 +207,7 @@ def decode_metadata(data: bytes, where: str) -> PackLayout:
         if data.count(mark) != 1 or f"{crc32c(plain):08x}" != stored:
             raise damaged
         if version > PACK_FORMAT_VERSION:
-            raise FormatError(
+            raise NewerFormatError(
                 f"the pack has format version {version}; this moc_ckpt reads versions up to {PACK_FORMAT_VERSION}",
                 where=where,
                 fix="upgrade moc_ckpt",

@@ -56,6 +56,11 @@ class PackReader:
         layout = self._layout_cache
         return layout.chunk if layout is not None else self._nbytes
 
+    @property
+    def object_bytes(self) -> int:
+        """Payload bytes of one object (the last one may have fewer); errors as for `read`."""
+        return self._layout.chunk * self._layout.chunks_per_shard
+
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Returns a new uint8 array with the pack's bytes [offset, offset + nbytes).
 

@@ -15,6 +15,7 @@ from moc_ckpt.pec.selector import Selection
 from moc_ckpt.persist.heartbeat import DirectoryLock, LockIdentity
 from moc_ckpt.persist.process import launch_command
 from moc_ckpt.persist.writer import SaveId
+from moc_ckpt.state.unit import Version
 from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
 from moc_ckpt.storage.base import Base, UnitTensors, open_base
 from moc_ckpt.storage.checkpoint import list_checkpoints, new_save_id
@@ -80,6 +81,7 @@ class Directories:
         self._comm = moc.comm
         self._attempts: dict[str, Attempt] = {}
         self._restored: dict[str, tuple[int, int]] = {}
+        self._spoilt: dict[str, dict[str, Version]] = {}
         # On rank 0: the checkpoint of each directory that the state comes from (its last commit or restore), and what
         # the next one builds on.
         self.required: dict[str, UnitTensors] = {}
@@ -91,11 +93,17 @@ class Directories:
     def _pec(self) -> PartialExperts:
         return self._moc.pec
 
-    def restored(self, url: str, manifest: Manifest) -> None:
+    def restored(self, url: str, manifest: Manifest, spoilt: Mapping[str, Version]) -> None:
         """Takes in that the live state is that of a checkpoint. Not collective; done on all ranks.
 
         Wherever this run saves from now on it opens a new attempt; here that one forks at the restored step.
+
+        Args:
+            url: the directory.
+            manifest: the checkpoint, experts that were damaged in the version that they were restored from.
+            spoilt: by expert unit, the version that is damaged: the next save takes these (invariant I5).
         """
+        self._spoilt[url] = dict(spoilt)
         self._restored[url] = (manifest.attempt, manifest.step)
         # The next save builds on this very checkpoint: another may have later versions than the state has now.
         if self._comm.rank == 0:
@@ -110,6 +118,7 @@ class Directories:
         self._attempts.clear()
         self._restored.clear()
         self._committed.clear()
+        self._spoilt.clear()
 
     def close(self) -> None:
         """Lets other runs in. Not collective."""
@@ -227,6 +236,7 @@ class Directories:
             layers=self._moc.view.names.layers,
             required=self.required,
             known=[known] if known is not None else [],
+            spoilt=self._spoilt.get(store.url),
         )
         for reason, names in base.forgone.items():
             logger.warning("%d experts are saved anew because %s: %s", len(names), reason, shorten(names))

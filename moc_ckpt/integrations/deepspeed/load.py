@@ -23,7 +23,7 @@ from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, rank_file
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
-from moc_ckpt.recovery.restorer import index_manifest, stage
+from moc_ckpt.recovery.restorer import Damage, index_manifest, try_stage
 from moc_ckpt.state.catalog import Catalog, dtype_name
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
@@ -36,7 +36,7 @@ from moc_ckpt.storage.store import Store
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["LoadRequest", "load"]
+__all__ = ["Damaged", "InMemory", "LoadRequest", "read", "take_over"]
 
 _FIX = "load an older tag, or restore the file from a copy"
 
@@ -85,35 +85,90 @@ class _Prepared:
     experts: Restored | None
 
 
-def load(
-    moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest
-) -> tuple[dict[str, Any], Restored | None]:
-    """Restores the engine from a manifest; collective.
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """A checkpoint that was read: what this rank is going to restore, in host memory, checked."""
+
+    prepared: _Prepared
+    values: Sequence[torch.Tensor]
+    digests: Sequence[Mapping[str, str]]
+
+    @property
+    def experts(self) -> Restored | None:
+        """What the checkpoint says about its experts."""
+        return self.prepared.experts
+
+    @property
+    def client_state(self) -> dict[str, Any]:
+        """The caller's."""
+        return self.prepared.client_state
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """What is damaged of a checkpoint.
+
+    Attributes:
+        own: what this rank found.
+        everywhere: what all ranks found, in rank order; equal on all of them.
+    """
+
+    own: tuple[Damage, ...]
+    everywhere: tuple[Damage, ...]
+
+
+def read(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> InMemory | Damaged:
+    """Reads a checkpoint into host memory; collective. The engine is untouched.
 
     Returns:
-        The caller's client_state, and what the checkpoint says about its experts.
+        On all ranks alike what was read, or what is damaged on any of them.
 
     Raises:
-        MocError: on every rank if anything failed on any rank. Up to the last byte that is read and checked the
-            engine is untouched.
+        MocError: on every rank if anything else failed on any rank.
     """
     comm = moc.comm
     box: list[_Prepared] = []
 
-    def prepare() -> dict[str, str]:
-        box.append(_prepare(moc, store, manifest, request))
-        return digest_rng(capture_rng())
+    def prepare() -> tuple[Mapping[str, str], tuple[Damage, ...]]:
+        try:
+            box.append(_prepare(moc, store, manifest, request))
+        except CorruptionError as error:
+            return {}, (Damage("", (), error.what, error.where, error.fix),)
+        return digest_rng(capture_rng()), ()
 
-    digests = comm.exchange("preparing to load", prepare, wait="commit")
+    replies = comm.exchange("preparing to load", prepare, wait="commit")
+    if found := _damaged(comm.rank, [reply[1] for reply in replies]):
+        return found
     prepared = box[0]
-    values = comm.agree("reading the checkpoint", lambda: _stage(store, manifest, prepared))
-    # From here on the live state is neither the old one nor the new one, should anything fail.
+    values: list[torch.Tensor] = []
+
+    def fetch() -> tuple[Damage, ...]:
+        staged, damage = _stage(store, manifest, prepared)
+        values.extend(staged)
+        return tuple(damage)
+
+    if found := _damaged(comm.rank, comm.exchange("reading the checkpoint", fetch, wait="commit")):
+        return found
+    return InMemory(prepared, values, [reply[0] for reply in replies])
+
+
+def _damaged(rank: int, found: Sequence[tuple[Damage, ...]]) -> Damaged | None:
+    everywhere = tuple(item for damage in found for item in damage)
+    return Damaged(found[rank], everywhere) if everywhere else None
+
+
+def take_over(moc: MocCheckpoint, manifest: Manifest, found: InMemory, request: LoadRequest) -> None:
+    """Makes what was read the live state; collective.
+
+    Raises:
+        MocError: on every rank if anything failed on any rank: the live state is then neither the old nor the new one.
+    """
+    comm, prepared, values = moc.comm, found.prepared, found.values
     moc.forget()
     comm.agree("restoring", lambda: _apply(moc, prepared, values, request))
     if request.custom_load_fn is None or (prepared.with_optimizer and moc.view.partitioned):
         moc.view.derive_weights()
-    comm.agree("finishing the restore", lambda: _finish(moc, manifest, prepared, values, request, digests))
-    return prepared.client_state, prepared.experts
+    comm.agree("finishing the restore", lambda: _finish(moc, manifest, prepared, values, request, found.digests))
 
 
 def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequest) -> _Prepared:
@@ -264,10 +319,10 @@ def _extra(store: Store, manifest: Manifest, name: str) -> bytes:
     return read_extra(store, record)
 
 
-def _stage(store: Store, manifest: Manifest, prepared: _Prepared) -> list[torch.Tensor]:
+def _stage(store: Store, manifest: Manifest, prepared: _Prepared) -> tuple[list[torch.Tensor], list[Damage]]:
     units = UnitMap(manifest.layers)
     fragments = [need.fragment for need in prepared.needs]
-    return stage(store, manifest, prepared.plan, fragments, [units.unit_of(item.fqn) for item in fragments])
+    return try_stage(store, manifest, prepared.plan, fragments, [units.unit_of(item.fqn) for item in fragments])
 
 
 def _apply(moc: MocCheckpoint, prepared: _Prepared, values: Sequence[torch.Tensor], request: LoadRequest) -> None:

@@ -315,6 +315,13 @@ class PartialExperts:
                 learnt[place[0]][place[1]] = unit.tokens if unit.version == manifest.version else unit.tokens or 0
         ledger = ledger.recover(learnt, attempt=manifest.attempt, step=manifest.step)
         history = SaveHistory.from_data(manifest.ledger.get("history", {}), self._experts)
+        # Where damage made an expert older than the checkpoint had it, the directory has no more of it than that.
+        saved = tuple(tokens.copy() for tokens in history.saved)
+        for layer, experts in enumerate(learnt):
+            for expert, tokens in enumerate(experts):
+                if tokens is not None:
+                    saved[layer][expert] = min(saved[layer][expert], tokens)
+        history = replace(history, saved=saved)
         return Restored(replace(ledger, top_k=self._top_k), history)
 
     def forget(self) -> None:

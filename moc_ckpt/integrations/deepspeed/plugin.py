@@ -13,9 +13,10 @@ from typing import Any
 from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
-from moc_ckpt.errors import CheckpointNotFoundError, ConfigError
+from moc_ckpt.errors import ConfigError
 from moc_ckpt.integrations.deepspeed.directories import Directories
-from moc_ckpt.integrations.deepspeed.load import LoadRequest, load
+from moc_ckpt.integrations.deepspeed.fallback import find_and_read
+from moc_ckpt.integrations.deepspeed.load import LoadRequest, take_over
 from moc_ckpt.integrations.deepspeed.pec import OwnedBytes, PartialExperts, owned_bytes
 from moc_ckpt.integrations.deepspeed.pipeline import Pipeline
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
@@ -27,9 +28,6 @@ from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
 from moc_ckpt.storage.base import unit_tensors
-from moc_ckpt.storage.checkpoint import latest_tag, load_manifest
-from moc_ckpt.storage.manifest import decode_manifest, encode_manifest
-from moc_ckpt.storage.store import open_store
 
 __all__ = ["MocCheckpoint"]
 
@@ -218,6 +216,9 @@ class MocCheckpoint:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Restores a checkpoint; collective; arguments and return value as `DeepSpeedEngine.load_checkpoint`.
 
+        Experts whose bytes are damaged are restored from older versions in the directory. Without a tag, a checkpoint
+        whose other state is damaged is passed over for the one before. Both are said loudly.
+
         Returns:
             The checkpoint's path and the caller's client_state; (None, None) if nothing is saved there.
 
@@ -237,26 +238,25 @@ class MocCheckpoint:
         self._check_load_arguments(text, tag, request)
         if self.pipeline is not None:
             self.pipeline.quiesce()
-        data = self.comm.from_first("finding the checkpoint", lambda: self._find(text, tag), wait="commit")
-        if data is None:
+        found = find_and_read(self, text, None if tag is None else str(tag), request)
+        if found is None:
             if self.comm.rank == 0:
                 logger.warning("nothing to load: %s has no 'latest' (give a tag to load a certain checkpoint)", text)
             return None, None
-        manifest = decode_manifest(data, text)
-        store = self.comm.agree("opening the directory", lambda: open_store(text), wait="rendezvous")
-        client_state, experts = load(self, store, manifest, request)
+        store, manifest, experts = found.store, found.manifest, found.memory.experts
+        take_over(self, manifest, found.memory, request)
         if self.pipeline is not None:
             self.pipeline.reset(experts.history if experts is not None and request.continues else None)
         self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
         self.engine.loaded_checkpoint_mp_world_size = 1
         if request.continues:
-            self.directories.restored(store.url, manifest)
+            self.directories.restored(store.url, manifest, found.setback.spoilt)
             self.pec.restored(store.url, experts)
             if self.pipeline is not None:
                 self.pipeline.make_room()
         seconds = time.perf_counter() - begin
-        self.report.recovered(store, manifest, self.comm.world, seconds, goes_on=request.continues)
-        return store.locate(manifest.tag), client_state
+        self.report.recovered(found, self.comm.world, seconds, goes_on=request.continues)
+        return store.locate(manifest.tag), found.memory.client_state
 
     def forget(self) -> None:
         """Forgets where the live state is from: it is about to be overwritten. Not collective; done on all ranks."""
@@ -356,17 +356,3 @@ class MocCheckpoint:
                     where="ds_config, moc_checkpoint",
                     fix="give all ranks the same ds_config",
                 )
-
-    def _find(self, load_dir: str, tag: str | None) -> bytes | None:
-        """Returns the encoded manifest to load; None if nothing is saved and that is allowed."""
-        store = open_store(load_dir)
-        chosen = str(tag) if tag is not None else latest_tag(store)
-        if chosen is None:
-            if self.config.recovery.require_resume:
-                raise CheckpointNotFoundError(
-                    "nothing is saved here, and moc_checkpoint.recovery.require_resume is set",
-                    where=load_dir,
-                    fix="check the directory, or unset require_resume for the first run",
-                )
-            return None
-        return encode_manifest(load_manifest(store, chosen))

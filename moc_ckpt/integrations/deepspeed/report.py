@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moc_ckpt.events import EventKind, EventLog
-from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
 
 if TYPE_CHECKING:
+    from moc_ckpt.integrations.deepspeed.fallback import Found
     from moc_ckpt.integrations.deepspeed.pec import PartialExperts
     from moc_ckpt.integrations.deepspeed.save import SaveResult
 
@@ -72,18 +72,39 @@ class Reporter:
             step = self._engine.global_steps
             self._log(store).write(EventKind.FAILED, step=step, tag=tag, reason=str(error))
 
-    def recovered(self, store: Store, manifest: Manifest, world: int, seconds: float, *, goes_on: bool) -> None:
+    def recovered(self, found: Found, world: int, seconds: float, *, goes_on: bool) -> None:
         """Reports a restore and what it lost.
 
         Args:
-            store: the directory.
-            manifest: the checkpoint.
+            found: what was restored, and what damage cost.
             world: ranks that loaded it.
             seconds: how long that took.
             goes_on: the run continues the saved one; else nothing is written into the directory.
         """
         if not self._first:
             return
+        store, manifest, setback = found.store, found.manifest, found.setback
+        if setback.passed_over:
+            logger.warning(
+                "DAMAGED: %s cannot be restored; the run goes back to %s, step %d",
+                shorten(setback.passed_over),
+                manifest.tag,
+                manifest.step,
+            )
+        if setback.replaced:
+            logger.warning(
+                "DAMAGED: %d experts go back to older versions: %s; this costs %.4f %% PLT more. The next save into %s "
+                "takes them",
+                len(setback.replaced),
+                shorten(
+                    [
+                        f"{item.unit} from step {item.wanted.step} to {item.version.step} ({item.lost:,} tokens lost)"
+                        for item in setback.replaced
+                    ]
+                ),
+                100 * found.plt_cost,
+                store.url,
+            )
         ledger = self._pec.ledger
         lost = sum(ledger.recoveries[-1].lost) if ledger.recoveries else 0
         older = sum(unit.step != manifest.step for unit in manifest.units)
@@ -112,6 +133,12 @@ class Reporter:
             lost=list(ledger.recoveries[-1].lost) if ledger.recoveries else [],
             k=list(self._pec.k),
             plt=ledger.plt,
+            damaged=[
+                {"unit": item.unit, "from": item.wanted.step, "to": item.version.step, "lost": item.lost}
+                for item in setback.replaced
+            ],
+            damage_plt=found.plt_cost,
+            passed_over=list(setback.passed_over),
         )
         self.monitor({"k": max(self._pec.k, default=0), "lost_tokens": lost})
 
