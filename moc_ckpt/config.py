@@ -150,6 +150,11 @@ class MocConfig(_Section):
         description="async: save_checkpoint returns once the copy is scheduled, an agent writes and commits it; "
         "durable: it returns after the commit, as DeepSpeed's does",
     )
+    preempt_save: bool = Field(
+        True,
+        description="on SIGTERM to any rank all of them save every expert at the next step, to save_dir or else where "
+        "the last save went, and end with status 143; false: SIGTERM is left alone",
+    )
     mtbf_s: float | None = Field(
         None, gt=0, description="s; mean time between failures of the whole job, for intervals that are auto"
     )

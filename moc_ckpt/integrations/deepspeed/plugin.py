@@ -19,6 +19,7 @@ from moc_ckpt.integrations.deepspeed.fallback import find_and_read
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, take_over
 from moc_ckpt.integrations.deepspeed.pec import OwnedBytes, PartialExperts, owned_bytes
 from moc_ckpt.integrations.deepspeed.pipeline import Pipeline
+from moc_ckpt.integrations.deepspeed.preempt import Preempt
 from moc_ckpt.integrations.deepspeed.preflight import check_engine
 from moc_ckpt.integrations.deepspeed.report import Reporter
 from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, save
@@ -63,6 +64,7 @@ class MocCheckpoint:
         view: the engine's state.
         directories: where it saves to.
         pipeline: snapshots and saves that no rank waits for; None where every save blocks.
+        preempt: the save after SIGTERM; None without `preempt_save`.
         underived: names of parameters whose weights are not their master's cast; equal on all ranks.
         version: this package's version.
 
@@ -88,6 +90,7 @@ class MocCheckpoint:
             self.pipeline = Pipeline(self)
             self._before_update = self.view.optimizer.register_step_pre_hook(self._update_begins)
             _engines.add(self)
+        self.preempt = Preempt(self) if config.preempt_save else None
 
     @property
     def plt(self) -> float:
@@ -104,8 +107,13 @@ class MocCheckpoint:
 
         Args:
             skipped: the step overflowed and changed nothing.
+
+        Raises:
+            SystemExit: after the last save, on all ranks at the same step, if any of them got SIGTERM.
         """
         self.pec.step_done(skipped)
+        if self.preempt is not None:
+            self.preempt.step_done(self)
         if self.pipeline is not None:
             self.pipeline.step_done()
 
@@ -127,6 +135,8 @@ class MocCheckpoint:
                 pipeline.close(self.config.timeouts.exit_s)
         finally:
             self.directories.close()
+            if self.preempt is not None:
+                self.preempt.close()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until every save that this rank knows of is committed. Not collective, but useful on all ranks.
@@ -142,11 +152,15 @@ class MocCheckpoint:
             self.pipeline.wait(self.config.timeouts.commit_s if timeout_s is None else timeout_s)
 
     def register_state(self, provider: Callable[[], Mapping[str, Any]] | None) -> None:
-        """Sets what gives automatic snapshots the caller's client_state. Not collective; call it on all ranks.
+        """Sets what gives automatic snapshots, and the save after SIGTERM, the caller's client_state.
+
+        Not collective; call it on all ranks.
 
         Args:
             provider: returns the dict; called on rank 0 at each automatic snapshot, after the step. None for nothing.
         """
+        if self.preempt is not None:
+            self.preempt.provider = provider
         if self.pipeline is not None:
             self.pipeline.register_state(provider)
 
@@ -187,6 +201,8 @@ class MocCheckpoint:
             exclude_frozen=exclude_frozen_parameters,
             full=full,
         )
+        if self.preempt is not None:
+            self.preempt.directory = request.save_dir
         pipeline = self.pipeline
         if pipeline is not None:
             direct = full or exclude_frozen_parameters or request.save_dir.startswith("memory://")
