@@ -1,0 +1,1 @@
+"""What `campaign.py` is made of."""
