@@ -110,6 +110,9 @@ def _items(garbage: Garbage) -> list[dict[str, Any]]:
             items.append(
                 {"kind": kind, "name": save, "packs": packs.get(save, 0), "bytes": garbage.nbytes.get(save, 0)}
             )
+    items += [
+        {"kind": "unfinished file", "name": key, "packs": 0, "bytes": nbytes} for key, nbytes in garbage.files.items()
+    ]
     return items
 
 

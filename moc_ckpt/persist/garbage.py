@@ -6,6 +6,7 @@ Retention after a commit knows which saves are in flight. Here nobody does, so w
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +29,10 @@ __all__ = ["IDLE_S", "ArenaGarbage", "Garbage", "collect_arenas", "collect_garba
 
 IDLE_S = 900.0
 """Seconds without a change after which a save of an unknown run counts as abandoned: more than a commit may take."""
+_UNFINISHED = re.compile(
+    r"^(\.(latest|lock|probe)|attempts/\.\d{6,}\.json|[^/]+/\.manifest\.json)\.tmp-\d+-[0-9a-f]{8}$"
+)
+"""Files that a commit, an attempt or a heartbeat leaves unfinished when it is killed. Those of saves go with them."""
 
 
 @dataclass(slots=True)
@@ -39,17 +44,19 @@ class Garbage:
         writer: the run that writes into the directory, for people; empty if none does.
         nbytes: bytes by what they belong to: a dropped tag, or the directory of a save.
         stays: directories of saves that stay because they may be in flight -> why that is.
+        files: unfinished files beside the saves, by their key -> bytes.
     """
 
     report: RetentionReport
     writer: str
     nbytes: dict[str, int] = field(default_factory=dict)
     stays: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Bytes of all of it."""
-        return sum(self.nbytes.values())
+        return sum(self.nbytes.values()) + sum(self.files.values())
 
 
 class _Writers:
@@ -150,7 +157,34 @@ def collect_garbage(
         owner = tag if tag in report.dropped else f"{tag}/{save_id}"
         garbage.nbytes[owner] = garbage.nbytes.get(owner, 0) + nbytes
     garbage.stays = {save: writers.reasons.get(save, "it is in flight") for save in report.in_flight}
+    if store.local_path is not None and not writer and not report.blocked:
+        garbage.files = _remove_unfinished(store.local_path, time.time() - idle_s, dry_run=dry_run)
     return garbage
+
+
+def _remove_unfinished(root: Path, before: float, *, dry_run: bool) -> dict[str, int]:
+    """Removes files that were never finished and have not changed since `before`."""
+    found = {}
+    for path in sorted([*root.glob(".*.tmp-*"), *root.glob("*/.*.tmp-*")]):
+        key = path.relative_to(root).as_posix()
+        if not _UNFINISHED.match(key):
+            continue
+        with suppress(FileNotFoundError):  # finished after all
+            try:
+                status = path.lstat()
+                if status.st_mtime <= before:
+                    if not dry_run:
+                        path.unlink()
+                        with suppress(OSError):  # it held the last file of its tag, or not
+                            path.parent.rmdir()
+                    found[key] = status.st_size
+            except PermissionError as exc:
+                raise StorageError(
+                    f"an unfinished file cannot be removed: {exc.strerror}",
+                    where=str(path),
+                    fix="let its owner run gc; all else was removed",
+                ) from exc
+    return found
 
 
 def _busy_agent(store: Store) -> str:

@@ -23,6 +23,7 @@ from moc_ckpt.persist import garbage
 from moc_ckpt.persist.garbage import collect_arenas, collect_garbage
 from moc_ckpt.persist.heartbeat import HEARTBEAT, LockRecord, live_writer
 from moc_ckpt.persist.process import place, start_ticks
+from moc_ckpt.persist.protocol import RankStatus, Status
 from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity
 from moc_ckpt.snapshot.places import agent_lock_path, arena_path, job_dir, job_key
 from moc_ckpt.storage.attempts import open_attempt
@@ -251,6 +252,27 @@ def test_leftovers_go_once_nothing_changes_in_them(store: Store) -> None:
     assert all(verify(store, tag).ok for tag in ("t10", "t20"))
 
 
+def test_files_that_a_killed_commit_never_finished(store: Store) -> None:
+    save(store, "t10", 10)
+    assert store.local_path is not None
+    ours = ["t20/.manifest.json.tmp-123-0123abcd", ".latest.tmp-1-0123abcd", "attempts/.000002.json.tmp-5-0123abcd"]
+    theirs = ["t20x/.manifest.json.tmp-mine", "notes/.a.tmp-123-0123abcd", ".swp.tmp-123-0123abcd"]
+    for name in ours + theirs:
+        path = store.local_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"1234")
+    assert as_json(store.url)["removed"] == []
+    age(store)
+    beat(store, os.getpid())
+    assert as_json(store.url)["removed"] == []
+    store.delete(HEARTBEAT)
+    for flags in (["--dry-run"], []):
+        data = as_json(store.url, *flags)
+        assert sorted(item["name"] for item in data["removed"]) == sorted(ours) and data["bytes"] == 12
+    assert not any((store.local_path / name).exists() for name in ours) and not (store.local_path / "t20").exists()
+    assert all((store.local_path / name).exists() for name in theirs) and verify(store, "t10").ok
+
+
 def test_a_live_writer_keeps_its_saves(store: Store) -> None:
     leftovers(store)
     age(store)
@@ -285,11 +307,51 @@ def test_a_writer_on_another_machine_is_watched(store: Store) -> None:
     assert live_writer(store, clock=lambda: now[0], sleep=silent) == ""
 
 
-def test_a_working_agent_of_this_node_counts_as_a_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("busy", "name"), [(1, "the agent of job j (process 7 on n)"), (0, None)])
+def test_a_working_agent_of_this_node_counts_as_a_writer(
+    store: Store, monkeypatch: pytest.MonkeyPatch, busy: int, name: str | None
+) -> None:
+    """Its trainers may be gone, and with them the heartbeat."""
     leftovers(store)
     age(store)
-    monkeypatch.setattr(garbage, "_busy_agent", lambda store: "the agent of job j (process 1 on n)")
-    assert as_json(store.url)["removed"] == []
+    rank = RankStatus(
+        run="r",
+        rank=0,
+        local_rank=0,
+        world=1,
+        pid=1,
+        alive=False,
+        connected=False,
+        arena="",
+        queued=0,
+        writing=busy,
+        committing=0,
+        done=0,
+        failed=0,
+        bytes=0,
+        seconds=0.0,
+        error="",
+        steps=[],
+    )
+    status = Status(
+        pid=7,
+        node="n",
+        job="j",
+        version="0",
+        uptime_s=1.0,
+        linger_s=600.0,
+        idle_s=None,
+        stopping="",
+        rss=0,
+        fds=0,
+        ranks=[rank],
+    )
+    asked = []
+    monkeypatch.setattr(garbage, "ask_agent", lambda folder, message: asked.append(folder) or status)
+    data = as_json(store.url)
+    assert data["writer"] == name and asked == [job_dir(job_key(store.url), create=False)]
+    gone = [item["name"] for item in data["removed"]]
+    assert gone == ([] if busy else ["t12/nopart", "t15/onepart", "t17/noted"])
 
 
 def test_a_replaced_save_goes_at_once_but_for_needed_packs(store: Store) -> None:
