@@ -13,6 +13,7 @@ from moc_ckpt.cli.gc import gc
 from moc_ckpt.cli.inspect import inspect
 from moc_ckpt.cli.plan import PlanCommand, plan
 from moc_ckpt.cli.recover import recover
+from moc_ckpt.cli.run import run
 from moc_ckpt.cli.verify import verify
 
 __all__ = ["app", "main"]
@@ -32,6 +33,8 @@ app.command()(verify)
 app.command(cls=PlanCommand)(plan)
 app.command()(gc)
 app.command()(export)
+# Options behind the command's name are the command's.
+app.command(context_settings={"allow_interspersed_args": False})(run)
 app.add_typer(agent)
 
 
