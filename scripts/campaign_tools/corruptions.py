@@ -227,6 +227,7 @@ def _cases(campaign: Campaign, arguments: argparse.Namespace) -> dict[str, Any]:
     by_file: dict[str, Counter[str]] = {}
     begin = last = time.monotonic()
     numbers = range(arguments.count) if arguments.only is None else [arguments.only]
+    done = 0
     for done, number in enumerate(numbers, 1):
         for outcome, damaged in campaign.case(number):
             outcomes[outcome] += 1
@@ -234,6 +235,8 @@ def _cases(campaign: Campaign, arguments: argparse.Namespace) -> dict[str, Any]:
                 by_damage.setdefault(kind, Counter())[outcome] += 1
             for kind in {file_kind(name) for _, name in damaged} or {"nothing"}:
                 by_file.setdefault(kind, Counter())[outcome] += 1
+        if time.monotonic() - begin > arguments.seconds:
+            break
         if time.monotonic() - last > 5:
             last = time.monotonic()
             bad = sum(outcomes[name] for name in BAD)
@@ -242,8 +245,8 @@ def _cases(campaign: Campaign, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "campaign": "corruptions",
         "seed": arguments.seed,
-        "cases": len(numbers),
-        "loads": 2 * len(numbers),
+        "cases": done,
+        "loads": 2 * done,
         **{name: outcomes[name] for name in (*GOOD, *BAD)},
         "by_damage": {kind: dict(counts) for kind, counts in sorted(by_damage.items())},
         "by_file": {kind: dict(counts) for kind, counts in sorted(by_file.items())},
