@@ -17,11 +17,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Fault", "draw", "run"]
+__all__ = ["Campaign", "Fault", "draw", "run"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 WORLD = 2
@@ -51,6 +52,10 @@ class Fault:
     after: bool
     delay_s: float
     victim: int
+
+
+#: The last life of a directory: nothing happens to it.
+_NONE = Fault("agent", "none", 1, False, 0.0, 0)
 
 
 def draw(rng: random.Random) -> Fault:
@@ -83,13 +88,13 @@ def section(path: str) -> dict[str, Any]:
     }
 
 
-def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startup: str) -> dict[str, Any]:
-    """One life on one rank: load and check, then train until the fault comes."""
-    from campaign_tools.kill_at import TRAINER_POINTS, arm
+def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startup: str) -> None:
+    """One life on one rank: loads and checks, then trains until the fault comes."""
     from distributed import harness
-    from distributed.pec_tools import Diary
+    from distributed.pec_tools import Diary, manifest
     from distributed.test_pipeline import build
 
+    from campaign_tools.kill_at import TRAINER_POINTS, arm
     from moc_ckpt.storage.attempts import current_attempt
     from moc_ckpt.storage.store import open_store
 
@@ -98,37 +103,86 @@ def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startu
     if armed:
         os.environ["MOC_CAMPAIGN_POINT"] = armed
         os.environ["PYTHONPATH"] = os.pathsep.join([startup, os.environ["PYTHONPATH"]])
+    life = Life(Path(path), number)
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
     engine = build(ctx, ROW, None, seed=3, **section(diary.path))
-    store = open_store(diary.path)
-    wrong: list[str] = []
-    found = 0
-    if number and (Path(diary.path) / "latest").exists():
+    found, wrong = 0, []
+    if (Path(diary.path) / "latest").exists():
         harness.train(engine, 1, data_seed=5)
         wrong = diary.load(engine)
         found = engine.global_steps
+        plt = recounted_plt(manifest(diary.path, None))
+        if abs(engine.moc.pec.ledger.plt - plt) > 1e-9:
+            wrong.append(f"PLT is {engine.moc.pec.ledger.plt}, a recount gives {plt}")
+    store = open_store(diary.path)
     present = current_attempt(store) if store.root_exists() else None
     attempt = (present.attempt if present else 0) + 1
     agent = engine.moc.pipeline.host.agent.agent_pid
-    Path(path, f"pid{number}.{ctx.rank}").write_text(str(os.getpid()))
-    if ctx.rank == 0:
-        Path(path, f"life{number}").write_text(f"{found} {agent}")
-        Path(path, f"wrong{number}").write_text("\n".join(wrong))
-    else:
-        Path(path, f"wrong{number}.1").write_text("\n".join(wrong))
+    life.note(f"rank{ctx.rank}", {"pid": os.getpid(), "agent": agent, "found": found, "wrong": wrong})
     ctx.barrier()
     if fault.point in TRAINER_POINTS and (fault.kind == "trainers" or ctx.rank == fault.victim):
         arm(TRAINER_POINTS[fault.point], fault.calls, after=fault.after)
     for _ in range(MOST_STEPS):
         harness.train(engine, 1)
         diary.note(engine, attempt)
-        Path(path, f"step{number}.{ctx.rank}").write_text(str(engine.global_steps))
+        life.note(f"step{ctx.rank}", engine.global_steps)
     engine.moc.wait()
-    Path(path, f"waited{number}.{ctx.rank}").write_text("")
     if fault.kind != "agent":
         time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
-    return {"steps": engine.global_steps}
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Notes that the processes of one life leave for the campaign.
+
+    Attributes:
+        root: directory of the lives.
+        number: which one.
+    """
+
+    root: Path
+    number: int
+
+    def note(self, what: str, value: Any) -> None:
+        """Leaves a note; whole or not at all."""
+        target = self.root / f"{self.number}.{what}"
+        new = target.with_name(f"{target.name}.new")
+        new.write_text(json.dumps(value))
+        new.replace(target)
+
+    def read(self, what: str) -> Any:
+        """Returns a note; None if there is none."""
+        target = self.root / f"{self.number}.{what}"
+        return json.loads(target.read_text()) if target.exists() else None
+
+    def kill_agent(self) -> None:
+        """Kills the agent that this life used, if it is still that."""
+        pid = (self.read("rank0") or {}).get("agent")
+        with suppress(OSError):
+            if pid and b"moc_ckpt.persist.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_trainers(self, fault: Fault) -> None:
+        """Kills the trainers that a fault means."""
+        for rank in range(WORLD):
+            pid = (self.read(f"rank{rank}") or {}).get("pid")
+            if pid and (fault.kind != "trainer" or rank == fault.victim):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def recounted_plt(body: dict[str, Any]) -> float:
+    """Equation 7 from a manifest's JSON: what earlier recoveries lost, and what this one loses."""
+    ledger = body["ledger"]
+    lost = [sum(item["lost"][layer] for item in ledger["recoveries"]) for layer in range(len(ledger["routed"]))]
+    for unit in body["units"]:
+        kind, *place = unit["name"].split("/")
+        if kind == "expert" and (unit["attempt"], unit["step"]) != (body["attempt"], body["step"]):
+            layer, expert = map(int, place)
+            learnt = ledger["processed"][layer][expert] - ledger["lost"][layer][expert]
+            lost[layer] += max(0, learnt - (unit["tokens"] or 0))
+    return sum(gone / total for gone, total in zip(lost, ledger["routed"], strict=True)) / len(lost)
 
 
 def held(folder: Path) -> int | None:
@@ -178,8 +232,119 @@ def _find(data: Any, key: str) -> Any:
     return None
 
 
+class Campaign:
+    """Runs lives one after the other, and judges them.
+
+    Args:
+        pool: processes for the ranks.
+        seed: decides all faults.
+        tell: is told about every life.
+    """
+
+    def __init__(self, pool: Any, seed: int, tell: Callable[[str], None]) -> None:
+        self._pool = pool
+        self._rng = random.Random(seed)
+        self._tell = tell
+        self._startup = str(Path(__file__).with_name("startup"))
+        self.counts: Counter[str] = Counter()
+        self.by_fault: Counter[str] = Counter()
+        self.came_back: Counter[str] = Counter()
+        self.unexpected: list[dict[str, Any]] = []
+
+    def directory(self, faults: int) -> None:
+        """Lets a run of `faults` lives die in a new directory; one more life checks the last of them."""
+        from moc_ckpt.snapshot.places import job_dir, job_key
+
+        root = Path(tempfile.mkdtemp(prefix="moc_faults_"))
+        promise: int | None = None
+        stored: int | None = None
+        life = Life(root, 0)
+        try:
+            for number in range(faults + 1):
+                fault = draw(self._rng) if number < faults else _NONE
+                life = Life(root, number)
+                ended, detail = self._live(life, fault)
+                if number and not self._is_right(life, promise, stored):
+                    return
+                if ended in ("hang", "error"):
+                    self._wrong("hangs" if ended == "hang" else "errors", life, str(fault), detail)
+                    return
+                if number == faults:
+                    return
+                folder = job_dir(job_key(root / "c"), create=False)
+                if fault.kind in ("everything", "node"):
+                    life.kill_agent()
+                if fault.kind == "node":
+                    for arena in folder.glob("*.arena"):
+                        arena.unlink()
+                promise, stored = held(folder), committed(root / "c")
+                self.counts["cases"] += 1
+                self.by_fault[f"{fault.kind} at {fault.point}"] += 1
+                self._tell(
+                    f"{self.counts['cases']} {fault.kind} at {fault.point}: {ended}; "
+                    f"memory holds step {promise}, storage step {stored}"
+                )
+        finally:
+            life.kill_agent()
+            shutil.rmtree(root, ignore_errors=True)
+
+    def _live(self, life: Life, fault: Fault) -> tuple[str, str]:
+        """Runs one life; how it ended (`survived`, `killed`, `hang` or `error`), and details."""
+        from distributed.pool import CaseError, CaseHang
+
+        from campaign_tools.kill_at import AGENT_POINTS
+
+        armed = f"{fault.point}:{fault.calls}:{int(fault.after)}" if fault.point in AGENT_POINTS else ""
+        killer = _Killer(life, fault)
+        killer.start()
+        try:
+            self._pool.run(
+                WORLD,
+                case_life,
+                path=str(life.root),
+                number=life.number,
+                fault=fault,
+                armed=armed,
+                startup=self._startup,
+                deadline=DEADLINE,
+                fresh_after=True,  # what a life leaves in its environment is its own
+            )
+        except CaseHang as error:
+            died = "died" in str(error).splitlines()[0]
+            return ("killed" if died else "hang"), str(error)[-3000:]
+        except CaseError as error:
+            return "error", str(error)[-3000:]
+        finally:
+            killer.stop()
+        return "survived", ""
+
+    def _is_right(self, life: Life, promise: int | None, stored: int | None) -> bool:
+        """Compares what a life found with what was there before it."""
+        ranks = [life.read(f"rank{rank}") for rank in range(WORLD)]
+        if None in ranks:
+            return self._wrong("refused", life, "it did not get as far as training", "")
+        found = ranks[0]["found"]
+        wrong = [line for rank in ranks for line in rank["wrong"]]
+        if wrong:
+            return self._wrong("wrong_tensors", life, "restored otherwise than promised", "\n".join(wrong[:12]))
+        if stored is not None and found < stored:
+            return self._wrong("lost_commits", life, f"found step {found}", f"step {stored} was committed")
+        if promise is not None and found < promise:
+            return self._wrong("lost_memory", life, f"found step {found}", f"memory held step {promise}")
+        if promise is not None or stored is not None:
+            self.counts["recovered"] += 1
+            self.came_back["memory" if (promise or 0) > (stored or 0) else "storage"] += 1
+        return True
+
+    def _wrong(self, what: str, life: Life, how: str, detail: str) -> bool:
+        self.counts[what] += 1
+        self.unexpected.append({"what": what, "life": life.number, "how": how, "detail": detail})
+        self._tell(f"{what}: {how}: {detail}")
+        return False
+
+
 def run(count: int, seed: int, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Runs `count` faults.
+    """Runs a campaign.
 
     Args:
         count: number of faults.
@@ -187,207 +352,52 @@ def run(count: int, seed: int, tell: Callable[[str], None] = lambda text: None) 
         tell: is told about every life.
 
     Returns:
-        cases, recovered, refused, lost_commits, wrong_tensors, hangs, unexpected (each with what it was), by kind.
+        cases, recovered, refused, lost_commits, wrong_tensors, hangs and the like; `unexpected` says what each was.
     """
     sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "scripts")]
-    from distributed.pool import CaseError, CaseHang, Pool
+    from distributed.pool import Pool
 
-    from moc_ckpt.snapshot.places import job_dir, job_key
-
-    rng = random.Random(seed)
-    result: dict[str, Any] = {
-        "campaign": "faults",
-        "seed": seed,
-        "cases": 0,
-        "recovered": 0,
-        "refused": 0,
-        "lost_commits": 0,
-        "wrong_tensors": 0,
-        "hangs": 0,
-        "unexpected": [],
-        "by_fault": {},
-        "came_back": Counter(),
-    }
-    startup = str(Path(__file__).with_name("startup"))
-    search = os.pathsep.join([str(_ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["PYTHONPATH"] = search
-    by_fault: Counter[str] = Counter()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with Pool() as pool:
         os.environ["MOC_SHM_DIR"] = str(pool._shared)
-        root: Path | None = None
-        number = 0
-        promise: int | None = None
-        before: int | None = None
-        try:
-            while result["cases"] <= count:
-                last = result["cases"] == count
-                if root is None:
-                    root, number, promise, before = Path(tempfile.mkdtemp(prefix="moc_faults_")), 0, None, None
-                fault = draw(rng)
-                from campaign_tools.kill_at import AGENT_POINTS
-
-                armed = f"{fault.point}:{fault.calls}:{int(fault.after)}" if fault.point in AGENT_POINTS else ""
-                killer = _Killer(root, number, fault)
-                killer.start()
-                ended = ""
-                try:
-                    pool.run(
-                        WORLD,
-                        case_life,
-                        path=str(root),
-                        number=number,
-                        fault=fault,
-                        armed=armed,
-                        startup=startup,
-                        deadline=DEADLINE,
-                    )
-                    pool._discard(pool._workers[:WORLD])  # what a life leaves in its environment is its own
-                    ended = "survived"
-                except CaseHang as error:
-                    ended = "killed" if "died" in str(error).splitlines()[0] else "hang"
-                    detail = str(error)[-1500:]
-                except CaseError as error:
-                    ended, detail = "error", str(error)[-3000:]
-                killer.stop()
-                mark = root / f"life{number}"
-                if number and (promise is not None or before is not None):
-                    result["recovered"] += _check(result, root, number, promise, before, fault, tell)
-                if ended in ("hang", "error") or not mark.exists():
-                    result["hangs"] += ended == "hang"
-                    result["unexpected"].append({"life": number, "fault": str(fault), "how": ended, "detail": detail})
-                    tell(f"UNEXPECTED {ended} {fault}: {detail}")
-                    shutil.rmtree(root, ignore_errors=True)
-                    root = None
-                    result["cases"] += 1
-                    continue
-                if last:
-                    break
-                folder = job_dir(job_key(root / "c"), create=False)
-                if fault.kind in ("everything", "node"):
-                    _kill_agent(mark)
-                if fault.kind == "node":
-                    for arena in folder.glob("*.arena"):
-                        arena.unlink()
-                promise, before = held(folder), committed(root / "c")
-                by_fault[f"{fault.kind} at {fault.point}"] += 1
-                result["cases"] += 1
-                tell(
-                    f"{result['cases']}/{count} {fault.kind} at {fault.point}: {ended}; memory {promise}, storage {before}"
-                )
-                number += 1
-                if number == LIVES:
-                    # One more life checks the last fault; it goes into the next directory's count.
-                    LIFE = Fault("agent", "random", 1, False, 1e9, 0)
-                    try:
-                        pool.run(
-                            WORLD,
-                            case_life,
-                            path=str(root),
-                            number=number,
-                            fault=LIFE,
-                            armed="",
-                            startup=startup,
-                            deadline=DEADLINE,
-                        )
-                    except (CaseHang, CaseError) as error:
-                        result["unexpected"].append({"life": number, "fault": "none", "detail": str(error)[-2000:]})
-                    if promise is not None or before is not None:
-                        result["recovered"] += _check(result, root, number, promise, before, LIFE, tell)
-                    _kill_agent(root / f"life{number}")
-                    shutil.rmtree(root, ignore_errors=True)
-                    root = None
-        finally:
-            if root is not None:
-                _kill_agent(root / f"life{number}")
-                shutil.rmtree(root, ignore_errors=True)
-    result["by_fault"] = dict(sorted(by_fault.items()))
-    result["came_back"] = dict(result["came_back"])
-    return result
-
-
-def _check(
-    result: dict[str, Any], root: Path, number: int, promise: int | None, before: int | None, fault: Fault, tell: Any
-) -> int:
-    """Compares what a life found with what was promised; whether it is all right."""
-    mark = root / f"life{number}"
-    if not mark.exists():
-        return 0
-    found = int(mark.read_text().split()[0])
-    text = (root / f"wrong{number}").read_text() + (root / f"wrong{number}.1").read_text()
-    if text.strip():
-        result["wrong_tensors"] += 1
-        result["unexpected"].append({"life": number, "fault": str(fault), "how": "wrong", "detail": text[:1500]})
-        tell(f"WRONG {text[:600]}")
-        return 0
-    if before is not None and found < before:
-        result["lost_commits"] += 1
-        result["unexpected"].append({"life": number, "fault": str(fault), "how": f"found {found}, committed {before}"})
-        tell(f"LOST: found {found}, committed {before}")
-        return 0
-    if promise is not None and found < promise:
-        result["unexpected"].append(
-            {"life": number, "fault": str(fault), "how": f"found {found}, memory had {promise}"}
-        )
-        tell(f"LESS: found {found}, memory had {promise}")
-        return 0
-    result["came_back"]["memory" if promise is not None and promise > (before or 0) else "storage"] += 1
-    return 1
-
-
-def _kill_agent(mark: Path) -> None:
-    if mark.exists():
-        pid = mark.read_text().split()[1]
-        if pid.isdigit():
-            try:
-                if "moc_ckpt.persist.agent" in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace"):
-                    os.kill(int(pid), signal.SIGKILL)
-            except (OSError, ProcessLookupError):
-                pass
+        campaign = Campaign(pool, seed, tell)
+        left = count
+        while left > 0:
+            campaign.directory(min(left, LIVES))
+            left -= LIVES
+    names = ("cases", "recovered", "refused", "lost_commits", "lost_memory", "wrong_tensors", "hangs", "errors")
+    return {
+        "campaign": "faults",
+        "seed": seed,
+        **{name: campaign.counts[name] for name in names},
+        "came_back_from": dict(campaign.came_back),
+        "by_fault": dict(sorted(campaign.by_fault.items())),
+        "unexpected": campaign.unexpected,
+    }
 
 
 class _Killer(threading.Thread):
     """Kills at a random moment, from outside."""
 
-    def __init__(self, root: Path, number: int, fault: Fault) -> None:
+    def __init__(self, life: Life, fault: Fault) -> None:
         super().__init__(daemon=True)
-        self._root, self._number, self._fault = root, number, fault
+        self._life, self._fault = life, fault
         self._over = threading.Event()
-        self.done = False
 
     def stop(self) -> None:
         self._over.set()
         self.join(5)
 
     def run(self) -> None:
-        fault = self._fault
+        fault, life = self._fault, self._life
         if fault.point != "random":
             return
-        first = self._root / f"step{self._number}.0"
-        while not first.exists():
+        while life.read("step0") is None:
             if self._over.wait(0.02):
                 return
-        if self._over.wait(min(fault.delay_s, 1e6)):
+        if self._over.wait(fault.delay_s):
             return
         if fault.kind in ("agent", "everything", "node"):
-            _kill_agent(self._root / f"life{self._number}")
+            life.kill_agent()
         if fault.kind != "agent":
-            for pid in _trainers(self._root, self._number, fault):
-                os.kill(pid, signal.SIGKILL)
-        self.done = True
-
-
-def _trainers(root: Path, number: int, fault: Fault) -> list[int]:
-    found = []
-    for rank in range(WORLD):
-        file = root / f"pid{number}.{rank}"
-        if file.exists() and (fault.kind != "trainer" or rank == fault.victim):
-            found.append(int(file.read_text()))
-    return found
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(_ROOT / "scripts"))
-    from campaign_tools import faults
-
-    out = faults.run(int(sys.argv[1]), int(sys.argv[2]), lambda text: print(text, file=sys.stderr, flush=True))
-    print(json.dumps(out, indent=1))
+            life.kill_trainers(fault)
