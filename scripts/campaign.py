@@ -24,7 +24,7 @@ for folder in (HERE, HERE.parent, HERE.parent / "tests"):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the command line. Every verb names the function that runs it: arguments -> (result, its text, all well)."""
+    """Returns the command line. Every verb sets `run`: arguments -> (result, its text, whether all is well)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     corruptions = verbs.add_parser("corruptions", help="damage files, then load")
