@@ -264,10 +264,10 @@ class Campaign:
                 fault = draw(self._rng) if number < faults else _NONE
                 life = Life(root, number)
                 ended, detail = self._live(life, fault)
-                if number and not self._is_right(life, promise, stored):
-                    return
                 if ended in ("hang", "error"):
                     self._wrong("hangs" if ended == "hang" else "errors", life, str(fault), detail)
+                    return
+                if number and not self._is_right(life, promise, stored, detail):
                     return
                 if number == faults:
                     return
@@ -318,11 +318,11 @@ class Campaign:
             killer.stop()
         return "survived", ""
 
-    def _is_right(self, life: Life, promise: int | None, stored: int | None) -> bool:
+    def _is_right(self, life: Life, promise: int | None, stored: int | None, detail: str) -> bool:
         """Compares what a life found with what was there before it."""
         ranks = [life.read(f"rank{rank}") for rank in range(WORLD)]
         if None in ranks:
-            return self._wrong("refused", life, "it did not get as far as training", "")
+            return self._wrong("refused", life, "it did not get as far as training", detail)
         found = ranks[0]["found"]
         wrong = [line for rank in ranks for line in rank["wrong"]]
         if wrong:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +172,16 @@ def test_what_cannot_be_flushed_is_refused(victims: Pool, tmp_path: Path) -> Non
     with pytest.raises(StorageError, match="memory of ranks 1 of 2 is not on this node"):
         flush_job(folder, store)
     hidden.rename(second)
+    code = (
+        "import sys; from pathlib import Path; from moc_ckpt.snapshot.arena import Arena\n"
+        "arena = Arena.open(Path(sys.argv[1]), writable=True); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(second)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        with pytest.raises(StorageError, match=f"rank 1 is still alive .process {writer.pid}"):
+            flush_job(folder, store)
+        writer.communicate()
     assert open_attempt(store, 1, 4).attempt == 2
     with pytest.raises(StaleAttemptError, match="of attempt 1; the directory belongs to attempt 2"):
         flush_job(folder, store)
