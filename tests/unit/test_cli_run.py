@@ -263,7 +263,7 @@ def test_a_signal_while_it_waits_for_a_restart(base: Path) -> None:
 def test_a_shell_that_dies_at_once_does_not_cut_its_trainer_off(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "work"
     inner = tmp_path / "inner.py"
-    inner.write_text(saves(path, 1.0)[2])
+    inner.write_text(saves(path, 4.0)[2])
     with Supervised(base, command=["sh", "-c", f"{PYTHON} {inner}; true"]) as run:
         number(tmp_path / "work.pid")
         run.process.send_signal(signal.SIGTERM)
