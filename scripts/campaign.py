@@ -4,7 +4,10 @@
     python scripts/campaign.py corruptions --count 5000 --seed 1 --json
     python scripts/campaign.py corruptions --only 1234 --seed 1          # one case of it again, with what was logged
 
-`corruptions` damages files of real checkpoint directories and loads them. The work is done in `campaign_tools`.
+    python scripts/campaign.py faults --count 300 --seed 1 --json        # about 8 s each on two idle cores
+
+`corruptions` damages files of real checkpoint directories and loads them; `faults` kills a training's processes at
+random moments and at named points, and starts it again. The work is done in `campaign_tools`.
 """
 
 from __future__ import annotations
@@ -37,7 +40,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work-dir", default=None, help="where to work (default: a directory in memory)")
     add("--json", action="store_true", help="print one JSON object, and everything else on stderr")
     corruptions.set_defaults(run=run_corruptions)
+    faults = verbs.add_parser("faults", help="kill trainers, agents and nodes, then start again")
+    faults.add_argument("--count", type=int, default=300, help="faults (default 300)")
+    faults.add_argument("--seed", type=int, default=1, help="default 1; the same seed draws the same faults")
+    faults.add_argument("--json", action="store_true", help="print one JSON object, and everything else on stderr")
+    faults.set_defaults(run=run_faults)
     return parser
+
+
+def run_faults(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    """Runs the campaign of killed processes."""
+    from campaign_tools.faults import BAD, run, table
+
+    result = run(arguments.count, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    return result, table(result), not any(result[name] for name in BAD)
 
 
 def run_corruptions(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,8 @@ from moc_ckpt.cli.supervisor import Supervisor
 from moc_ckpt.errors import ConfigError, MocError
 from moc_ckpt.persist.protocol import Status, StatusRequest
 from moc_ckpt.persist.survey import Holdings, ask_agent, read_holdings
+from moc_ckpt.recovery.flush import flush_job
+from moc_ckpt.recovery.report import restore_cost
 from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key
 
 __all__ = ["before_restart", "run"]
@@ -78,11 +81,10 @@ def before_restart(job: str) -> list[str]:
         job: the job's id, as in MOC_JOB_ID.
     """
     folder = job_dir(job_key(None, {"MOC_JOB_ID": job}), create=False)
-    # Here what is newer in memory than in storage is to be flushed, before a restart makes arenas of its own.
     arenas = [read_holdings(path) for path in find_arenas(folder)] if folder.is_dir() else []
     if not arenas:
         return ["memory of this node holds nothing of the job"]
-    lines = [_line(held) for held in arenas]
+    lines = [*map(_line, arenas), *_flush(folder)]
     try:
         answer = ask_agent(folder, StatusRequest())
     except MocError as error:
@@ -90,6 +92,26 @@ def before_restart(job: str) -> list[str]:
     if isinstance(answer, Status):
         busy = sum(rank.queued + rank.writing + rank.committing for rank in answer.ranks)
         lines.append(f"its agent, process {answer.pid}, is still writing {busy} saves" if busy else "its agent is idle")
+    return lines
+
+
+def _flush(folder: Path) -> list[str]:
+    """Brings to storage what memory has newer; the start of a run would do it too, but where nobody looks."""
+    try:
+        flush, manifest = flush_job(folder)
+    except (MocError, OSError) as error:
+        told = str(error).replace("\n  ", "; ")
+        return [f"memory is not of use: {told}"]
+    if flush is None or manifest is None:
+        return ["storage has all that memory holds"]
+    had = f"storage had step {flush.stored_step:,}" if flush.stored_step is not None else "storage had nothing"
+    lines = [
+        f"flushed step {manifest.step:,} and {len(flush.experts):,} experts newer than storage to {manifest.tag} "
+        f"in {flush.url} ({had})"
+    ]
+    cost = restore_cost(manifest)
+    if cost.tokens:
+        lines.append(f"the restart loses {cost.tokens:,} tokens of experts, PLT {100 * (cost.plt or 0.0):.2f} %")
     return lines
 
 

@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Campaign", "Fault", "draw", "run"]
+__all__ = ["BAD", "Campaign", "Fault", "draw", "run", "table"]
+
+BAD = ("refused", "lost_commits", "lost_memory", "wrong_tensors", "hangs", "errors")
+"""Counts of what must not happen."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 WORLD = 2
@@ -365,15 +368,24 @@ def run(count: int, seed: int, tell: Callable[[str], None] = lambda text: None) 
         while left > 0:
             campaign.directory(min(left, LIVES))
             left -= LIVES
-    names = ("cases", "recovered", "refused", "lost_commits", "lost_memory", "wrong_tensors", "hangs", "errors")
     return {
         "campaign": "faults",
         "seed": seed,
-        **{name: campaign.counts[name] for name in names},
+        **{name: campaign.counts[name] for name in ("cases", "recovered", *BAD)},
         "came_back_from": dict(campaign.came_back),
         "by_fault": dict(sorted(campaign.by_fault.items())),
         "unexpected": campaign.unexpected,
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns a result as text."""
+    lines = [f"{result['cases']} faults, seed {result['seed']}: {result['recovered']} came back as promised"]
+    lines += [f"  {name}: {result[name]}" for name in BAD]
+    lines += [f"  came back from {place}: {count}" for place, count in sorted(result["came_back_from"].items())]
+    lines += [f"  {fault}: {count}" for fault, count in result["by_fault"].items()]
+    lines += [f"{item['what']}, life {item['life']}: {item['how']}: {item['detail']}" for item in result["unexpected"]]
+    return "\n".join(lines)
 
 
 class _Killer(threading.Thread):
