@@ -20,7 +20,8 @@ from moc_ckpt.recovery.memory import open_memory
 from moc_ckpt.recovery.report import LayerLoss, RestoreCost, restore_cost
 from moc_ckpt.storage import verify as storage_verify
 from moc_ckpt.storage.attempts import list_attempts
-from moc_ckpt.storage.checkpoint import LATEST, LOCK, latest_tag, list_tags, load_manifest
+from moc_ckpt.storage.checkpoint import latest_tag, list_tags, load_manifest
+from moc_ckpt.storage.commit import finish_pointer, is_interrupted
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store, open_store
@@ -39,7 +40,7 @@ class _Found:
         manifest: the checkpoint that a restart goes on from.
         flush: what memory had that storage lacked; None if nothing.
         flushed: it is on storage now.
-        notes: what kept memory from being of use.
+        notes: what kept memory from being of use, and what else to know.
         damaged: newer checkpoints that cannot be loaded, and why.
         latest: what `latest` was repaired to, or would be; empty if it is fine.
     """
@@ -114,7 +115,7 @@ def _flush(store: Store, found: _Found, timeout: float, *, dry_run: bool) -> Non
                 flush, manifest = flush_job(folder, store, deadline_s=timeout, dry_run=dry_run, progress=show)
             except (StorageError, StaleAttemptError) as error:
                 # What is on storage is there all the same.
-                found.notes.append(str(error).replace("\n  ", "; "))
+                found.notes.append("memory: " + str(error).replace("\n  ", "; "))
                 continue
         if flush is not None:
             found.flush, found.flushed = flush, manifest is not None
@@ -135,11 +136,26 @@ def _choose(store: Store, tag: str | None, found: _Found, *, verify: bool) -> No
             manifests.append(load_manifest(store, name))
         except StorageError as error:
             found.damaged.append((name, error.what))
-    for manifest in sorted(manifests, key=lambda item: item.order, reverse=True):
+    manifests.sort(key=lambda item: item.order, reverse=True)
+    for manifest in _from_latest(store, manifests, found):
         if not (trouble := _trouble(store, manifest, verify=verify)):
             found.manifest = manifest
             break
         found.damaged.append((manifest.tag, trouble))
+
+
+def _from_latest(store: Store, manifests: list[Manifest], found: _Found) -> list[Manifest]:
+    """Returns what a load may take, in its order: from what `latest` names on, unless a crash left that behind."""
+    try:
+        named = latest_tag(store)
+    except StorageError:
+        return manifests
+    at = next((number for number, manifest in enumerate(manifests) if manifest.tag == named), None)
+    if at is None or any(is_interrupted(store, manifest) for manifest in manifests[:at]):
+        return manifests
+    if at:
+        found.notes.append(f"`latest` names {named}, older than {manifests[0].tag}: a load takes what it names")
+    return manifests[at:]
 
 
 def _trouble(store: Store, manifest: Manifest, *, verify: bool) -> str:
@@ -182,11 +198,10 @@ def _repair_latest(store: Store, found: _Found, *, dry_run: bool) -> None:
         good = named is not None and (named == found.manifest.tag or load_manifest(store, named) is not None)
     except MocError:
         good = False
-    if not good:
+    if not good or is_interrupted(store, found.manifest):
         found.latest = found.manifest.tag
         if not dry_run:
-            with store.lock(LOCK, 30.0):
-                store.write(LATEST, found.manifest.tag.encode())
+            finish_pointer(store, found.manifest)
 
 
 def _command(store: Store) -> tuple[list[str], str]:
@@ -246,7 +261,7 @@ def _show(
 ) -> None:
     console = stdout()
     for note in found.notes:
-        console.print(Text.assemble(("memory: ", "bold yellow"), note), soft_wrap=True)
+        console.print(Text.assemble(("note: ", "bold yellow"), note), soft_wrap=True)
     if found.flush is not None:
         console.print(_flush_text(found.flush, done=found.flushed), soft_wrap=True)
     for tag, why in found.damaged:
@@ -256,7 +271,9 @@ def _show(
         return
     if found.latest:
         did = "would name" if dry_run else "now names"
-        console.print(Text(f"`latest` named no checkpoint; it {did} {found.latest}"), soft_wrap=True)
+        console.print(
+            Text(f"`latest` named no checkpoint, or not this one yet; it {did} {found.latest}"), soft_wrap=True
+        )
     head = f"{manifest.tag} in {store.url}: step {manifest.step:,}, committed {when(manifest.created)}"
     label = "on storage now " if found.flush is not None and dry_run else "a restart goes on from "
     console.print(Text.assemble((label, "bold green"), head), soft_wrap=True)

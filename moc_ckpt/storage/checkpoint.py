@@ -47,6 +47,7 @@ __all__ = [
     "part_key",
     "part_version",
     "parts_status",
+    "pointer_key",
     "read_extra",
     "read_outcome",
     "read_parts",
@@ -196,6 +197,11 @@ def failure_key(tag: str, save_id: str, rank: int) -> str:
 def outcome_key(tag: str, save_id: str) -> str:
     """Returns the key of the note how a save ended."""
     return f"{save_prefix(tag, save_id)}/{_OUTCOME}"
+
+
+def pointer_key(tag: str, save_id: str) -> str:
+    """Returns the key of the note that a commit is about to move `latest`; it is gone when that is done."""
+    return f"{save_prefix(tag, save_id)}/latest.pending"
 
 
 def pack_key(tag: str, save_id: str, rank: int, which: str) -> str:

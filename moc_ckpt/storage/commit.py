@@ -24,6 +24,7 @@ from moc_ckpt.storage.checkpoint import (
     load_manifest,
     manifest_key,
     parts_status,
+    pointer_key,
     read_outcome,
     read_parts,
     write_extra,
@@ -40,6 +41,8 @@ __all__ = [
     "PartsStatus",
     "check_current",
     "commit",
+    "finish_pointer",
+    "is_interrupted",
     "parts_status",
     "read_outcome",
     "write_failure",
@@ -99,10 +102,30 @@ def commit(
             state = write_extra(store, tag, save_id, STATE, merge_state(parts))
             done = msgspec.structs.replace(manifest, extra={**manifest.extra, STATE: state})
             _check_files(store, done)
+            if not done.kept:
+                # Should a crash come between manifest and `latest`, this says that nobody meant it to stay behind.
+                store.write(pointer_key(tag, save_id), b"")
             store.write(manifest_key(tag), encode_manifest(done))
         if not done.kept:
             _move_latest(store, done, line)
+            store.delete(pointer_key(tag, save_id))
     return done
+
+
+def is_interrupted(store: Store, manifest: Manifest) -> bool:
+    """Tells whether a crash came between the commit of a checkpoint and `latest`, which therefore may not name it."""
+    return not manifest.kept and store.exists(pointer_key(manifest.tag, manifest.save_id))
+
+
+def finish_pointer(store: Store, manifest: Manifest, timeout_s: float = 30.0) -> None:
+    """Lets `latest` name a checkpoint whose commit was interrupted.
+
+    Raises:
+        StorageError: if the store cannot be written or the lock is taken.
+    """
+    with store.lock(LOCK, timeout_s):
+        store.write(LATEST, manifest.tag.encode())
+        store.delete(pointer_key(manifest.tag, manifest.save_id))
 
 
 def _read(store: Store, tag: str, save_id: str) -> list[Part]:

@@ -125,9 +125,16 @@ def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startu
     ctx.barrier()
     if fault.point in TRAINER_POINTS and (fault.kind == "trainers" or ctx.rank == fault.victim):
         arm(TRAINER_POINTS[fault.point], fault.calls, after=fault.after)
+    step_done = engine.moc.step_done
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        # Before the snapshot, so that nothing can come back that was not kept.
+        diary.note(engine, attempt)
+        step_done(*args, **kwargs)
+
+    engine.moc.step_done = noted
     for _ in range(MOST_STEPS):
         harness.train(engine, 1)
-        diary.note(engine, attempt)
         life.note(f"step{ctx.rank}", engine.global_steps)
     engine.moc.wait()
     if fault.kind != "agent":

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moc_ckpt.cli.main import app
 from moc_ckpt.recovery.report import restore_cost
-from moc_ckpt.storage.checkpoint import latest_tag, load_manifest, manifest_key
+from moc_ckpt.storage.checkpoint import latest_tag, load_manifest, manifest_key, pointer_key
 from moc_ckpt.storage.manifest import FragmentTable, encode_manifest
 from moc_ckpt.storage.store import Store
 
@@ -65,6 +65,18 @@ def test_latest_that_names_nothing_is_repaired(store: Store, tmp_path: Path) -> 
     assert code == 0 and "now names global_step20" in out and latest_tag(store) == "global_step20"
     latest.unlink()
     assert run(store.url)[0] == 0 and latest_tag(store) == "global_step20"
+
+
+def test_latest_that_a_crash_left_behind_is_repaired(store: Store, tmp_path: Path) -> None:
+    manifest = load_manifest(store, "global_step20")
+    store.write("latest", b"global_step10")
+    # On purpose: it stays, and it is what a load takes.
+    code, out, _ = run(store.url)
+    assert code == 0 and latest_tag(store) == "global_step10"
+    assert "a restart goes on from global_step10" in out and "older than global_step20" in out
+    store.write(pointer_key(manifest.tag, manifest.save_id), b"")
+    code, out, _ = run(store.url)
+    assert code == 0 and "now names global_step20" in out and latest_tag(store) == "global_step20"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(store: Store, tmp_path: Path) -> None:

@@ -421,3 +421,31 @@ def test_admissible_agrees_with_replaying_the_history(forks: list[tuple[int, int
         inherited[number] = own | past
     for number, expected in inherited.items():
         assert admissible(version, ancestry(store, number)) == (version in expected)
+
+
+def test_a_crash_between_manifest_and_latest_is_told_from_a_change_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moc_ckpt.storage import commit as module
+
+    store = make_store("local", tmp_path)
+    save(store, "global_step10", 10)
+
+    def crash(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_move_latest", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, "global_step20", 20)
+    assert latest_tag(store) == "global_step10"
+    cut_off = load_manifest(store, "global_step20")
+    assert module.is_interrupted(store, cut_off)
+    assert not module.is_interrupted(store, load_manifest(store, "global_step10"))
+    module.finish_pointer(store, cut_off)
+    assert latest_tag(store) == "global_step20" and not module.is_interrupted(store, cut_off)
+    # Somebody rolls back: nothing was interrupted.
+    store.write("latest", b"global_step10")
+    assert not module.is_interrupted(store, cut_off)
+    save(store, "global_step30", 30)
+    assert not list(tmp_path.rglob("latest.pending"))

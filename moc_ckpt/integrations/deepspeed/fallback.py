@@ -20,6 +20,7 @@ from moc_ckpt.recovery.versions import StoredCheckpoint, UnitSource, plan_versio
 from moc_ckpt.state.unit import Version
 from moc_ckpt.storage.attempts import Ancestry, admissible, ancestry, current_attempt
 from moc_ckpt.storage.checkpoint import check_tag, latest_tag, list_tags, load_manifest, part_version
+from moc_ckpt.storage.commit import is_interrupted
 from moc_ckpt.storage.manifest import Manifest, decode_manifest, encode_manifest
 from moc_ckpt.storage.merge import replace_experts
 from moc_ckpt.storage.store import Store, open_store
@@ -174,8 +175,8 @@ class _Search:
             if isinstance(error, NewerFormatError):
                 raise
             return self._without_named(named, error)
+        manifest = self._not_behind(manifest)
         self._begin_at(manifest)
-        self._warn_if_behind(manifest)
         return self._whole(manifest)
 
     def without(self, damage: Sequence[Damage]) -> _Target | str:
@@ -287,23 +288,40 @@ class _Search:
         logger.warning("DAMAGED: %s\n  where: %s", error.what, error.where)
         return target
 
-    def _warn_if_behind(self, manifest: Manifest) -> None:
-        """Says so if `latest` names a checkpoint that a newer one continues: it was changed, or a crash came first."""
+    def _not_behind(self, manifest: Manifest) -> Manifest:
+        """Returns what `latest` should name: a newer checkpoint that continues it, if a crash came before it moved.
+
+        Without such a crash it was changed on purpose, and counts; a warning says so.
+        """
         tags = list_tags(self._store)
         if len(tags) > _MOST_LOOKED_AT:
-            return
-        for tag in tags:
-            other = self._manifest(tag)
-            if other is None or other.kept or other.version <= manifest.version:
-                continue
-            if admissible(manifest.version, self._timeline(other.attempt)):
+            return manifest
+        found = [other for tag in tags if (other := self._manifest(tag)) is not None and not other.kept]
+        newer = [
+            other
+            for other in sorted(found, key=lambda item: item.order, reverse=True)
+            if other.version > manifest.version and admissible(manifest.version, self._timeline(other.attempt))
+        ]
+        for other in newer:
+            if is_interrupted(self._store, other):
                 logger.warning(
-                    "`latest` in %s names %s (step %d), but %s (step %d) continues it and is not loaded; give its tag "
-                    "to load it",
+                    "`latest` in %s names %s (step %d): a crash came before it was moved to %s (step %d), "
+                    "which is loaded",
                     self._store.url,
                     manifest.tag,
                     manifest.step,
-                    tag,
+                    other.tag,
                     other.step,
                 )
-                return
+                return other
+        if newer:
+            logger.warning(
+                "`latest` in %s names %s (step %d), but %s (step %d) continues it and is not loaded; give its tag "
+                "to load it",
+                self._store.url,
+                manifest.tag,
+                manifest.step,
+                newer[0].tag,
+                newer[0].step,
+            )
+        return manifest
