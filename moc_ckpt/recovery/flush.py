@@ -35,11 +35,13 @@ from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import CommitInfo, Manifest, Part
 from moc_ckpt.storage.store import Store, open_store
 
-__all__ = ["Flush", "flush_job", "plan_flush"]
+__all__ = ["Flush", "flush_job", "plan_flush", "wait_for_agent"]
 
 _THREADS = 2
 _RANKS_AT_ONCE = 4
 _LOOK_S = 0.2
+# A commit whose parts are all there takes less.
+_COMMIT_S = 5.0
 _DENSE_UNIT = "dense"
 
 
@@ -179,7 +181,7 @@ def flush_job(
         StorageError: if memory holds nothing whole, its trainers still live, or storage refuses.
         StaleAttemptError: if a later run owns the directory.
     """
-    _wait_for_agent(folder, deadline_s)
+    wait_for_agent(folder, deadline_s)
     with open_memory(folder, only) as memory:
         if memory is None:
             return None, None
@@ -205,22 +207,39 @@ def _refuse_living(memory: JobMemory) -> None:
             )
 
 
-def _wait_for_agent(folder: Path, deadline_s: float) -> None:
-    """Waits until the job's agent has written what its trainers gave it; an agent that is gone has nothing."""
-    end = time.monotonic() + deadline_s
+def wait_for_agent(folder: Path, deadline_s: float, tell: Callable[[list[int]], None] = lambda ranks: None) -> None:
+    """Waits until the job's agent has written what its trainers gave it; an agent that is gone has nothing.
+
+    A save that is written and waits for the parts of other ranks is waited for shortly only: where its other trainers
+    are gone, those parts never come.
+
+    Args:
+        folder: the job's directory in shared memory.
+        deadline_s: seconds to wait.
+        tell: is told once for which ranks.
+
+    Raises:
+        StorageError: if the agent is still writing then.
+    """
+    begun = time.monotonic()
+    told = False
     while True:
         try:
             answer = ask_agent(folder, StatusRequest())
         except StorageError:
             return
-        ranks = answer.ranks if isinstance(answer, Status) else []
-        busy = [rank for rank in ranks if rank.queued or rank.writing or rank.committing]
-        if not busy:
+        # Trainers that live go on saving; theirs is none of this.
+        ranks = [rank for rank in answer.ranks if not rank.alive] if isinstance(answer, Status) else []
+        writing = [rank.rank for rank in ranks if rank.queued or rank.writing]
+        waited = time.monotonic() - begun
+        if not writing and (waited > _COMMIT_S or not any(rank.committing for rank in ranks)):
             return
-        if time.monotonic() > end:
+        if writing and not told:
+            tell(writing)
+            told = True
+        if waited > deadline_s:
             raise StorageError(
-                f"the agent has not finished the saves of ranks {', '.join(str(rank.rank) for rank in busy)} "
-                f"after {deadline_s:g} s",
+                f"the agent has not written the saves of ranks {', '.join(map(str, writing))} after {deadline_s:g} s",
                 where=str(folder),
                 fix="`moc-ckpt agent status` shows what it is doing; is the storage slow?",
             )

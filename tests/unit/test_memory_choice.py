@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moc_ckpt.errors import StorageError
+from moc_ckpt.recovery import flush
 from moc_ckpt.recovery.memory import MemoryChoice, MemoryVersions, choose
 
 STEPS = st.frozensets(st.integers(1, 6), max_size=5)
@@ -57,3 +65,29 @@ def test_half_an_expert_does_not_count() -> None:
     one = MemoryVersions(frozenset({4}), frozenset({4}), {"expert/0/0": frozenset({2, 4})})
     other = MemoryVersions(frozenset({4}), frozenset({4}), {"expert/0/0": frozenset({2, 3})})
     assert choose({0: one, 1: other}, 2) == MemoryChoice(4, {"expert/0/0": 2})
+
+
+class Answer:
+    """An agent's answer, as far as it is looked at."""
+
+    def __init__(self, **rank: Any) -> None:
+        self.ranks = [
+            SimpleNamespace(**{"rank": 3, "alive": False, "queued": 0, "writing": 0, "committing": 0, **rank})
+        ]
+
+
+def test_parts_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other trainers of a save are gone, so it stays uncommitted: a restart must not wait for that."""
+    monkeypatch.setattr(flush, "Status", Answer)
+    monkeypatch.setattr(flush, "_COMMIT_S", 0.5)
+    said: list[list[int]] = []
+    for answer, least in ((Answer(committing=1), 0.5), (Answer(), 0.0), (Answer(alive=True, writing=1), 0.0)):
+        monkeypatch.setattr(flush, "ask_agent", lambda *_args, answer=answer: answer)
+        begin = time.monotonic()
+        flush.wait_for_agent(Path(), 60.0, said.append)
+        assert least <= time.monotonic() - begin < 30
+    assert said == []
+    monkeypatch.setattr(flush, "ask_agent", lambda *_args: Answer(writing=1))
+    with pytest.raises(StorageError, match=r"has not written the saves of ranks 3 after 0\.3 s"):
+        flush.wait_for_agent(Path(), 0.3, said.append)
+    assert said == [[3]]
