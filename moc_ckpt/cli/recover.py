@@ -271,18 +271,16 @@ def _show(
         return
     if found.latest:
         did = "would name" if dry_run else "now names"
-        console.print(
-            Text(f"`latest` named no checkpoint, or not this one yet; it {did} {found.latest}"), soft_wrap=True
-        )
+        why = "`latest` named no checkpoint, or a crash came before it was moved"
+        console.print(Text(f"{why}; it {did} {found.latest}"), soft_wrap=True)
     head = f"{manifest.tag} in {store.url}: step {manifest.step:,}, committed {when(manifest.created)}"
     label = "on storage now " if found.flush is not None and dry_run else "a restart goes on from "
     console.print(Text.assemble((label, "bold green"), head), soft_wrap=True)
     _show_cost(cost)
     words, cwd = command
     if words:
-        console.print(
-            Text.assemble(("start it again: ", "bold"), f"cd {shlex.quote(cwd)} && {shlex.join(words)}"), soft_wrap=True
-        )
+        again = f"cd {shlex.quote(cwd)} && {shlex.join(words)}" if cwd else shlex.join(words)
+        console.print(Text.assemble(("start it again: ", "bold"), again), soft_wrap=True)
     else:
         console.print("start it again with the command that started it; load_checkpoint finds this checkpoint")
 
