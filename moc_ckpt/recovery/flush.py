@@ -161,6 +161,7 @@ def flush_job(
     deadline_s: float = 600.0,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    waiting: Callable[[list[int]], None] = lambda ranks: None,
 ) -> tuple[Flush | None, Manifest | None]:
     """Writes the newest consistent state in a job's memory to storage and commits it.
 
@@ -173,6 +174,7 @@ def flush_job(
         deadline_s: seconds to wait for the agent.
         dry_run: only say what would be written.
         progress: is told the bytes written, and all.
+        waiting: is told for which ranks the agent is still writing, once.
 
     Returns:
         What was to write (None: nothing, the directory has all or memory is empty), and the new checkpoint.
@@ -181,7 +183,7 @@ def flush_job(
         StorageError: if memory holds nothing whole, its trainers still live, or storage refuses.
         StaleAttemptError: if a later run owns the directory.
     """
-    wait_for_agent(folder, deadline_s)
+    wait_for_agent(folder, deadline_s, waiting)
     with open_memory(folder, only) as memory:
         if memory is None:
             return None, None

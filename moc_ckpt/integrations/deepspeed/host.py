@@ -21,10 +21,9 @@ from moc_ckpt.pec.holdings import largest_choice, largest_window
 from moc_ckpt.pec.k_values import AUTO, K
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.persist.client import AgentClient
-from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello, Status, StatusRequest
-from moc_ckpt.persist.survey import ask_agent
+from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello
 from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
-from moc_ckpt.recovery.flush import flush_job
+from moc_ckpt.recovery.flush import flush_job, wait_for_agent
 from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity, forsaken, writer_pid
 from moc_ckpt.snapshot.places import UNNAMED, arena_path, find_arenas, job_dir, job_key
 from moc_ckpt.snapshot.stager import Stager, register, unregister
@@ -40,7 +39,6 @@ logger = logging.getLogger("moc_ckpt")
 _CONNECT_S = 60.0
 _UNNAMED_LINGER_S = 10.0  # nobody finds such a job's memory again
 _PROGRESS_S = 2.0
-_POLL_S = 0.1
 # Arenas of this process: asking who writes one would let go of its lock.
 _own: set[Path] = set()
 # Of what is free in shared memory, what the arenas of a node take at most where nobody said how much.
@@ -221,17 +219,14 @@ class Host:
         """Removes the arenas of runs of this job that are over, once their agent has written what it was given."""
         if not first:
             return
-        # The other ranks wait for this one as long as for a commit.
-        deadline = time.monotonic() + self._config.timeouts.commit_s / 2
-        told = False
-        while (busy := _unfinished(self._folder)) and time.monotonic() < deadline:
-            if not told:
-                logger.info("waiting for the agent to write what ranks %s of the last run left", busy)
-                told = True
-            time.sleep(_POLL_S)
         over = [path for path in find_arenas(self._folder) if path not in _own and writer_pid(path) is None]
+        # The other ranks wait for this one as long as for a commit.
+        deadline_s = self._config.timeouts.commit_s / 2
         if over and self._config.recovery.memory:
-            self._rescue(over)
+            self._rescue(over, deadline_s)
+        else:
+            with suppress(StorageError):
+                wait_for_agent(self._folder, deadline_s, _tell_waiting)
         for path in over:
             logger.info("removing %s of a run that is over", path.name)
             path.unlink(missing_ok=True)
@@ -239,10 +234,10 @@ class Host:
             logger.info("removing %s, which no run can find any more", folder)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _rescue(self, arenas: list[Path]) -> None:
+    def _rescue(self, arenas: list[Path], deadline_s: float) -> None:
         """Brings what the memory of the last run holds to storage, where a load finds it. Never raises for it."""
         try:
-            flush, manifest = flush_job(self._folder, only=arenas, deadline_s=self._config.timeouts.commit_s / 4)
+            flush, manifest = flush_job(self._folder, only=arenas, deadline_s=deadline_s, waiting=_tell_waiting)
         except Exception as error:  # the run that is over must not keep this one from starting
             logger.warning("what memory held of the last run is given up: %s", str(error).replace("\n  ", "; "))
             return
@@ -354,15 +349,8 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _unfinished(folder: Path) -> list[int]:
-    """Returns the ranks of dead trainers whose snapshots the node's agent is still writing."""
-    try:
-        status = ask_agent(folder, StatusRequest())
-    except StorageError:
-        return []
-    if not isinstance(status, Status):
-        return []
-    return [rank.rank for rank in status.ranks if not rank.alive and rank.queued + rank.writing]
+def _tell_waiting(ranks: list[int]) -> None:
+    logger.info("waiting for the agent to write what ranks %s of the last run left", ranks)
 
 
 def _node() -> str:
