@@ -75,6 +75,7 @@ class CopyJob:
     seconds: float = 0.0
     error: Exception | None = None
     _prepare: Callable[[], Work] = tuple
+    _hold_back_s: float = 0.0
     _keep: Any = None
     _boundary: Any = None
     _began: Any = None
@@ -117,7 +118,14 @@ class Stager:
         self._thread = threading.Thread(target=self._serve, name="moc-stager", daemon=True)
         self._thread.start()
 
-    def start(self, prepare: Callable[[], Work], then: Callable[[CopyJob], None], *, keep: Any = None) -> CopyJob:
+    def start(
+        self,
+        prepare: Callable[[], Work],
+        then: Callable[[CopyJob], None],
+        *,
+        keep: Any = None,
+        hold_back_s: float = 0.0,
+    ) -> CopyJob:
         """Schedules the copies of a snapshot; returns at once.
 
         The job before this one must have ended (`join`): two would race for the order of the stream.
@@ -126,8 +134,10 @@ class Stager:
             prepare: returns what to copy; called in the stager's thread.
             then: called in the stager's thread when the copies have ended.
             keep: tensors that must live until then.
+            hold_back_s: seconds by which to begin later. At the beginning of a step the device waits for what the
+                training thread launches, and planning copies takes the interpreter from it.
         """
-        job = CopyJob(_prepare=prepare, _keep=keep)
+        job = CopyJob(_prepare=prepare, _keep=keep, _hold_back_s=hold_back_s)
         if self._device is not None:
             # What is on the training stream now is the state to copy.
             job._boundary = torch.cuda.Event(enable_timing=False)
@@ -204,6 +214,8 @@ class Stager:
                     event.set()
 
     def _run(self, job: CopyJob) -> None:
+        if job._hold_back_s > 0:
+            time.sleep(job._hold_back_s)
         begin = time.perf_counter()
         on_device, on_host = self._plan(job)
         job._planned.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -228,10 +229,16 @@ def attach(engine: Any) -> tuple[Any, Recount]:
 
 
 def taken(counter: Any) -> list[dict[str, Any]]:
-    """The counter's counts, summed over ranks as the plugin does."""
+    """The counter's counts, summed over ranks as the plugin does, in turn added up by itself and by another thread."""
+    import torch
     import torch.distributed as dist
 
-    vector = counter.take()
+    counter.takes_of_tests = getattr(counter, "takes_of_tests", 0) + 1
+    if counter.takes_of_tests % 2:
+        vector = counter.take()
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            vector = torch.from_numpy(thread.submit(counter.take_to_host()).result())
     dist.all_reduce(vector)
     return [{"kept": list(p), "assigned": routed} for p, routed in counter.layout.split(vector.tolist())]
 
@@ -649,7 +656,7 @@ def case_operations(ctx: Any) -> dict[str, Any]:
     return out
 
 
-def test_counting_is_a_few_operations_at_the_end_of_the_step(pool: Pool) -> None:
+def test_counting_is_a_few_operations_when_counts_are_taken(pool: Pool) -> None:
     got = pool.run(2, case_operations)[0]
     views = ("view", "slice", "select", "detach", "alias")
     for gas, entry in got.items():
@@ -657,14 +664,14 @@ def test_counting_is_a_few_operations_at_the_end_of_the_step(pool: Pool) -> None
         read = "aten._local_scalar_dense.default"
         assert entry["with"].count(read) - entry["without"].count(read) in (0, 3)
         assert [x for x in entry["with"] if x != read] == [x for x in entry["without"] if x != read]
-        kernels = [name for name in entry["fold"] if name.split(".")[1] not in views]
-        assert 0 < len(kernels) <= 6, f"{gas} micro-batches: {kernels}"
-        assert len(entry["take"]) == 1
+        assert entry["fold"] == [], "the end of a step is for training"
+        kernels = [name for name in entry["take"] if name.split(".")[1] not in views]
+        assert 0 < len(kernels) <= 7, f"{gas} micro-batches: {kernels}"
         # What reads a value on the host, which waits for the device.
         assert not {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"} & {
-            name.split(".")[1] for name in entry["fold"] + entry["take"]
+            name.split(".")[1] for name in entry["take"]
         }
-    assert len(got[1]["fold"]) == len(got[8]["fold"])
+    assert len(got[1]["take"]) == len(got[8]["take"])
 
 
 # ---------------------------------------------------------------------------------------------- hooks

@@ -67,13 +67,14 @@ class Round:
         arguments: arguments of save_checkpoint.
         counts: returns this rank's token counts.
         timeline: number of restores of this process before it: versions of an older one must never count as newer.
+        automatic: a step brought it, and nobody waits for it.
         snapshot: it began a snapshot.
         places: experts of that.
         versions: this rank's slots of it.
         captured: its state beside tensors.
         job: its copies.
         save: the save that began with it.
-        client_state: the caller's, encoded; rank 0 only.
+        client_state: encodes the caller's; rank 0 only.
         error: why this rank's snapshot is not whole.
         result: what the vote said, the ledger of the step, and what was prepared for the next round.
     """
@@ -87,13 +88,14 @@ class Round:
     arguments: tuple[object, ...] = ()
     counts: Callable[[], np.ndarray] = field(default=lambda: np.zeros(0, dtype=np.int64))
     timeline: int = 0
+    automatic: bool = False
     snapshot: bool = False
     places: frozenset[Place] = frozenset()
     versions: Sequence[Version] = ()
     captured: Captured | None = None
     job: CopyJob | None = None
     save: SaveInFlight | None = None
-    client_state: bytes = b""
+    client_state: Callable[[], bytes] = bytes
     error: Exception | None = None
     result: Future[tuple[Tally, Ledger, Prepared]] = field(default_factory=Future)
 
@@ -145,6 +147,8 @@ class Background:
         previous: Round | None,
         has_room: Callable[[Round, Round | None], bool],
         prepare: Callable[[Round | None, Tally, Ledger], Prepared],
+        *,
+        retired: Round | None,
     ) -> None:
         """Hands a round over; what it says about the snapshot of the round before is known by its turn.
 
@@ -153,17 +157,18 @@ class Background:
             previous: the round before it.
             has_room: tells whether there is room for another snapshot after this one; called in the votes' thread.
             prepare: acts in memory upon what the vote says about the previous round, and prepares the next; likewise.
+            retired: a round that nobody needs any more; the thread lets go of it last.
         """
         votes, sizes = self._host.votes, Status.sizes(self._moc.pec.counts_size)
         what = f"the vote of step {current.step}"
         ballot = partial(self._ballot, current, previous, has_room)
         current.result = votes.submit(what, sizes, ballot, partial(self._finish, current, previous, prepare))
-        votes.post(partial(self._complete, current))
+        votes.post(partial(self._complete, current, retired))
 
     def _ballot(
         self, current: Round, previous: Round | None, has_room: Callable[[Round, Round | None], bool]
     ) -> Ballot:
-        if current.snapshot and current.save is None:
+        if current.automatic and current.save is None:
             time.sleep(min(_HOLD_BACK * self._tuner.step_s, _LONGEST_HOLD_BACK_S))
         captured, reader, buffers = current.captured, current.live.reader, 0
         if captured is not None:
@@ -222,7 +227,7 @@ class Background:
             current.error = job.error
         self.slots.end(current.versions, whole=current.error is None)
 
-    def _complete(self, current: Round) -> None:
+    def _complete(self, current: Round, _retired: Round | None) -> None:
         """Makes a snapshot whole on this rank, then hands its save to the agent."""
         save = current.save
         try:
@@ -273,7 +278,7 @@ class Background:
         optimizer = reader.optimizer_blob(captured)
         files = {rank_file(self._rank): encode_plain({"rng": captured.rng, "buffers": own}, "rank state")}
         if self._rank == 0:
-            files[CLIENT_STATE] = current.client_state or self._empty
+            files[CLIENT_STATE] = current.client_state() or self._empty
         stored = len(files)
         # What parts and commits carry, for a recovery that finds nothing but the arena.
         files |= {"optimizer": optimizer, "state": captured.state, RECORD: self._record(current, ledger)}

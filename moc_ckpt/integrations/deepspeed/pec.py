@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
 
 from moc_ckpt.config import MocConfig
@@ -204,19 +203,7 @@ class PartialExperts:
         """
         if not self.counts_size or self._counter is None:
             return lambda: np.zeros(0, dtype=np.int64)
-        vector = self._counter.take()
-        if not vector.is_cuda:
-            return vector.numpy
-        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-        host.copy_(vector, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def wait() -> npt.NDArray[np.int64]:
-            copied.synchronize()
-            return host.numpy()
-
-        return wait
+        return self._counter.take_to_host()
 
     def add_counts(self, ledger: Ledger, counts: npt.NDArray[np.int64]) -> Ledger:
         """Returns a ledger after more training.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moc_ckpt.errors import MocError, RankError, RendezvousTimeoutError
 from moc_ckpt.integrations.deepspeed.background import Background, Prepared, Round
-from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
+from moc_ckpt.integrations.deepspeed.client_state import client_state_encoder
 from moc_ckpt.integrations.deepspeed.host import Host
 from moc_ckpt.integrations.deepspeed.in_flight import Directory, SaveInFlight
 from moc_ckpt.integrations.deepspeed.live_state import StateFinder
@@ -185,9 +185,8 @@ class Pipeline:
         errors = [error for save in wanted if (error := save.error()) is not None]
         for save in wanted:
             save.reported = True
-        errors = [*self._unreported, *errors] if only is None else errors
         if only is None:
-            self._unreported = []
+            errors, self._unreported = [*self._unreported, *errors], []
         if errors:
             raise errors[0]
 
@@ -273,10 +272,10 @@ class Pipeline:
             return
         self._refresh(may_meet=False)
         current = self._round(step, call)
+        current.automatic = True
         if self._rank == 0:
             self._ask_provider(current, prove=directory is not None)
-        # From here on other threads have work, and take the interpreter from this one.
-        self._begin_snapshot(current)
+        self._begin_snapshot(current)  # from here on other threads take the interpreter from this one
         if directory is not None:
             self._begin_save(current, directory, f"global_step{step}", explicit=False)
         self._submit(current)
@@ -291,10 +290,9 @@ class Pipeline:
             self._report.not_opened(save_dir, error)
             return None
 
-    def _encode(self, request: SaveRequest) -> bytes:
-        if self._rank:
-            return b""
-        return encode_client_state(request.client_state, trust=self._config.recovery.trust_client_state)
+    def _encode(self, request: SaveRequest) -> Callable[[], bytes]:
+        trust = self._config.recovery.trust_client_state
+        return bytes if self._rank else client_state_encoder(request.client_state, trust=trust)
 
     def _ask_provider(self, current: Round, *, prove: bool) -> None:
         if self._provider is None:
@@ -303,7 +301,7 @@ class Pipeline:
         try:
             # What goes to storage is proven to load.
             trust, prove = self._config.recovery.trust_client_state, prove or not self._proven
-            current.client_state = encode_client_state(dict(self._provider()), trust=trust, prove=prove)
+            current.client_state = client_state_encoder(dict(self._provider()), trust=trust, prove=prove)
             self._proven = True
         except Exception as error:
             current.error = error
@@ -339,7 +337,8 @@ class Pipeline:
         reader = self._live.reader
         work = [(source, reader.pieces(source, captured)) for source in mine]
         prepare, done = partial(self._background.place, current, work), partial(self._background.copied, current)
-        current.job = self.host.stager.start(prepare, done, keep=captured.buffers)
+        hold_back = self.tuner.copy_hold_back_s if current.automatic else 0.0
+        current.job = self.host.stager.start(prepare, done, keep=captured.buffers, hold_back_s=hold_back)
 
     def _select(self, ledger: Ledger, k: K) -> Selection:
         config = self._config
@@ -378,8 +377,9 @@ class Pipeline:
         return save
 
     def _submit(self, current: Round) -> None:
-        self._background.submit(current, self._last, self._expects_room, self._prepare)
-        self._before, self._last, self._adopted = self._last, current, False
+        retired, self._before, self._last, self._adopted = self._before, self._last, current, False
+        # Letting go of a round frees events and pinned memory: nothing for the training thread.
+        self._background.submit(current, self._before, self._expects_room, self._prepare, retired=retired)
         if current.snapshot:
             self._unconfirmed = current
 

@@ -1,8 +1,8 @@
 """How many tokens each expert processed, read off the gates while the model trains (MoC-System section 3, eq. 7).
 
 DeepSpeed's gates return exp_counts, the assignments of the local tokens to all experts of the layer before the
-capacity cuts them. A hook keeps a reference to it and nothing else; the arithmetic waits for the end of the
-optimizer step, where all layers and micro-batches are added with a few kernels and no host synchronisation.
+capacity cuts them. A hook keeps a reference to it and nothing else; the arithmetic waits until somebody takes the
+counts, and adds all layers, micro-batches and steps with a few kernels, or on the host in another thread.
 
 What is processed of c assignments is min(c, capacity). For top-1 and top-2 gates that is what DeepSpeed
 dispatches (top-1 with random token selection can drop a token more, once in 2**24, where its random number is
@@ -13,11 +13,13 @@ drop tokens below the capacity too, so where the gate returns its dispatch mask 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from moc_ckpt.errors import UnsupportedError
@@ -122,7 +124,10 @@ class TokenCounter:
         self._offsets = self.layout.offsets
         model = engine.module
         gates = [_find_gate(model, layer) for layer in layers]
-        self._total = torch.zeros(self.layout.size, dtype=torch.int64, device=engine.device)
+        self._device = torch.device(engine.device)
+        #: Calls of steps that are done, and what was added up of earlier ones; None: nothing.
+        self._finished: list[_Call] = []
+        self._total: torch.Tensor | None = None
         #: Calls of the step that is under way; those that were too many to keep are in `_early`.
         self._pending: list[_Call] = []
         self._early: torch.Tensor | None = None
@@ -139,7 +144,7 @@ class TokenCounter:
             self._handles.append(gate.register_forward_hook(functools.partial(self._record, ordinal)))
 
     def step_done(self, skipped: bool) -> None:
-        """Adds up the micro-batches since the last call, at the end of an optimizer step; no host synchronisation.
+        """Takes in the micro-batches since the last call, at the end of an optimizer step; no host synchronisation.
 
         Args:
             skipped: the step overflowed and changed nothing, so its tokens are lost: they are dropped.
@@ -151,9 +156,11 @@ class TokenCounter:
         self._pending, self._early = [], None
         if skipped:
             return
-        self._add(calls, self._total)
+        self._finished += calls
         if early is not None:
-            self._total += early
+            self._total = early if self._total is None else self._total + early
+        if len(self._finished) >= _MAX_PENDING:
+            self._total = self._take()
 
     def take(self) -> torch.Tensor:
         """Returns the counts of all steps done since the last call and starts again at zero; no host synchronisation.
@@ -163,15 +170,43 @@ class TokenCounter:
         Returns:
             int64 [layout.size] on the engine's device, the caller's own; see `layout`.
         """
-        taken = self._total
-        self._total = torch.zeros_like(taken)
+        taken, self._total = self._take(), None
         return taken
+
+    def take_to_host(self) -> Callable[[], npt.NDArray[np.int64]]:
+        """Takes what `take` does, at the least cost for the training thread: one kernel and one copy.
+
+        Returns:
+            What adds up and returns the counts, int64 [layout.size]. It waits for the device; any thread may call it.
+        """
+        calls, total = self._finished, self._total
+        self._finished, self._total = [], None
+        both = (tensor for call in calls for tensor in (call.routed, call.kept) if tensor is not None)
+        parts = [tensor for tensor in both if _is_on(tensor, self._device)]
+        if total is not None:
+            parts.append(total)
+        copied = _to_host(parts)
+
+        def add_up() -> npt.NDArray[np.int64]:
+            here = iter(copied())
+            fetched = [
+                call._replace(
+                    routed=next(here) if _is_on(call.routed, self._device) else call.routed,
+                    kept=next(here) if call.kept is not None and _is_on(call.kept, self._device) else call.kept,
+                )
+                for call in calls
+            ]
+            counts = torch.zeros(self.layout.size, dtype=torch.int64) if total is None else next(here).clone()
+            self._add(fetched, counts)
+            return counts.numpy()
+
+        return add_up
 
     def reset(self) -> None:
         """Forgets everything since the last `take`: after a restore the tokens belong to a timeline that is gone."""
         self._pending, self._early = [], None
         self._depth, self._counting = 0, False
-        self._total = torch.zeros_like(self._total)
+        self._finished, self._total = [], None
 
     def close(self) -> None:
         """Removes the hooks. Counts that were not taken stay; doing it again changes nothing."""
@@ -210,10 +245,20 @@ class TokenCounter:
         elif len(self._pending) >= _MAX_PENDING:
             calls, self._pending = self._pending, []
             if self._early is None:
-                self._early = torch.zeros_like(self._total)
+                self._early = self._zeros()
             self._add(calls, self._early)
 
     # ------------------------------------------------------------------------------------------ adding up
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self.layout.size, dtype=torch.int64, device=self._device)
+
+    def _take(self) -> torch.Tensor:
+        """Adds up the calls of finished steps, on the device."""
+        calls, self._finished = self._finished, []
+        total = self._zeros() if self._total is None else self._total
+        self._add(calls, total)
+        return total
 
     def _add(self, calls: Sequence[_Call], total: torch.Tensor) -> None:
         """Adds calls to a vector of counts, with a number of kernels that does not grow with the calls."""
@@ -240,6 +285,32 @@ class TokenCounter:
                 rows = total[start : start + count * (experts + 1)].view(count, experts + 1)
                 rows[:, :experts].add_(processed[at : at + count])
                 rows[:, experts].add_(assigned[at : at + count])
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type
+
+
+def _to_host(parts: Sequence[torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+    """Begins to copy int64 vectors to the host, together.
+
+    Returns:
+        What waits for the copy and returns them.
+    """
+    if not parts or not parts[0].is_cuda:
+        return lambda: parts
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    sizes = [part.numel() for part in parts]
+
+    def fetched() -> Sequence[torch.Tensor]:
+        copied.synchronize()
+        return host.split(sizes)
+
+    return fetched
 
 
 def _find_gate(model: torch.nn.Module, layer: MoELayer) -> torch.nn.Module:

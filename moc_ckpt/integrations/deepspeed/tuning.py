@@ -30,6 +30,10 @@ _WARM_UP = 5
 # Until it was measured, `auto` takes a snapshot at every step: it is over after a few.
 _FIRST_INTERVAL = 1
 _FIRST_PERSIST = 10
+# How much later than the step a snapshot's copies begin, so that forward gets its start: far less than what a decision
+# about K leaves free. As a share of the step, and in seconds.
+_COPY_HOLD_BACK = 0.03
+_LONGEST_COPY_HOLD_BACK_S = 0.01
 
 
 class Tuner:
@@ -159,6 +163,11 @@ class Tuner:
     def step_s(self) -> float:
         """Seconds that a step takes; 0.0 until it is known. Any thread."""
         return _micros(self._steps, 0.5) / 1e6
+
+    @property
+    def copy_hold_back_s(self) -> float:
+        """Seconds to let pass before a snapshot's copies begin; 0.0 where host memory is copied."""
+        return min(_COPY_HOLD_BACK * self.step_s, _LONGEST_COPY_HOLD_BACK_S) if self._device is not None else 0.0
 
     # ------------------------------------------------------------------------------------------ deciding
 
