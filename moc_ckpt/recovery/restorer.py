@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moc_ckpt.errors import CorruptionError
+from moc_ckpt.recovery.memory_reads import MemoryPiece
 from moc_ckpt.recovery.resolver import Piece, Read, RecoveryPlan, Stored, StoredTensor
 from moc_ckpt.state.fragment import Fragment, TensorKey, itemsize
 from moc_ckpt.state.unit import parse_expert_unit
@@ -82,7 +83,12 @@ def stage(
 
 
 def try_stage(
-    store: Store, manifest: Manifest, plan: RecoveryPlan, needs: Sequence[Fragment], units: Sequence[str]
+    store: Store,
+    manifest: Manifest,
+    plan: RecoveryPlan,
+    needs: Sequence[Fragment],
+    units: Sequence[str],
+    memory: Sequence[MemoryPiece] = (),
 ) -> tuple[list[torch.Tensor], list[Damage]]:
     """Reads what can be read of a plan. Not collective; touches no live state.
 
@@ -92,33 +98,60 @@ def try_stage(
         plan: what to read.
         needs: the needed fragments, as given to `resolve`.
         units: the unit of each.
+        memory: what is not read because it is in memory already.
 
     Returns:
         One 1-D CPU tensor per needed fragment, of the stored dtype, and what is damaged: the values of units that are
-        named there mean nothing.
+        named there mean nothing. What lies in memory in one piece is shown where it is: it may not be written to.
 
     Raises:
         StorageError: if the store cannot be read.
     """
     sizes = [need.numel * itemsize(dtype) for need, dtype in zip(needs, plan.dtypes, strict=True)]
+    shown = {
+        item.piece.need: item.views[0]
+        for item in memory
+        if len(item.views) == 1 and item.piece.nbytes == sizes[item.piece.need] and _is_aligned(item.views[0])
+    }
     starts, total = [], 0
-    for size in sizes:
+    for index, size in enumerate(sizes):
         starts.append(total)
-        total += -(-size // _ALIGNMENT) * _ALIGNMENT
+        total += -(-size // _ALIGNMENT) * _ALIGNMENT if index not in shown else 0
     # numpy asks for huge pages, which are an order of magnitude cheaper to touch first.
-    memory = torch.from_numpy(np.empty(total, dtype=np.uint8))
+    staged = torch.from_numpy(np.empty(total, dtype=np.uint8))
+    for item in memory:
+        if item.piece.need not in shown:
+            at = starts[item.piece.need] + item.piece.at
+            for view in item.views:
+                staged.numpy()[at : at + len(view)] = view
+                at += len(view)
     damage = []
     witnesses = _Witnesses(manifest)
     for read in plan.reads:
-        found = _PackStage(store, manifest, read, memory.numpy(), starts, units, witnesses).run()
+        found = _PackStage(store, manifest, read, staged.numpy(), starts, units, witnesses).run()
         damage += [found] if found is not None else []
-    values = [
-        memory[start : start + size].view(getattr(torch, dtype))
-        if size
-        else torch.empty(0, dtype=getattr(torch, dtype))
-        for start, size, dtype in zip(starts, sizes, plan.dtypes, strict=True)
-    ]
+    values = []
+    for index, (start, size, dtype) in enumerate(zip(starts, sizes, plan.dtypes, strict=True)):
+        data = _readable(shown[index]) if index in shown else staged[start : start + size]
+        kind = getattr(torch, dtype)
+        values.append(data.view(kind) if size else torch.empty(0, dtype=kind))
     return values, damage
+
+
+def _is_aligned(view: np.ndarray) -> bool:
+    return int(view.ctypes.data) % _ALIGNMENT == 0
+
+
+class _Shown:
+    """Memory that is mapped for reading, for torch, which knows writable memory only."""
+
+    def __init__(self, view: np.ndarray) -> None:
+        self._view = view  # keeps the mapping
+        self.__array_interface__ = {**view.__array_interface__, "data": (int(view.ctypes.data), False)}
+
+
+def _readable(view: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(_Shown(view)))
 
 
 class _Witnesses:

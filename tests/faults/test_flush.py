@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from typer.testing import CliRunner
 
 from moc_ckpt.cli.main import app
 from moc_ckpt.errors import StaleAttemptError, StorageError
+from moc_ckpt.events import EventKind, read_events
 from moc_ckpt.recovery.flush import flush_job
+from moc_ckpt.snapshot.arena import Arena
 from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key
 from moc_ckpt.storage.attempts import open_attempt
 from moc_ckpt.storage.checkpoint import latest_tag, load_manifest
+from moc_ckpt.storage.pack import PackReader
 from moc_ckpt.storage.store import open_store
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
@@ -136,9 +140,10 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     """Just starts the run again, as torchrun does."""
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
     engine = build(ctx, ROW, None, seed=3, **section(diary.path, recovery={"memory": use}))
-    harness.train(engine, 1, data_seed=5)
-    wrong = diary.load(engine)
+    with counted_reads() as read:
+        wrong = diary.load(engine)
     found = engine.global_steps
+    assert engine.moc.pipeline.host.predecessor.held is None, "the memory of the last run is kept for ever"
     for _ in range(4):
         harness.train(engine, 1)
         diary.note(engine, attempt=2)
@@ -146,16 +151,61 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     other = build(ctx, ROW, None, seed=4, save_mode="durable")
     for tag in tags(diary.path):
         wrong += diary.load(other, tag)
-    return {"wrong": wrong, "found": found, "tags": tags(diary.path)}
+    return {"wrong": wrong, "found": found, "tags": tags(diary.path), "read": sum(read)}
 
 
-@pytest.mark.parametrize("use", [True, False])
-def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, use: bool) -> None:
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Counts the bytes of tensors that this process asks storage for."""
+    read: list[int] = []
+    original = PackReader.read_batch
+
+    def count(self: PackReader, requests: Any) -> None:
+        requests = list(requests)
+        read.extend(dst.nbytes for _, dst in requests)
+        original(self, requests)
+
+    PackReader.read_batch = count  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        PackReader.read_batch = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("how", ["memory", "storage", "other world", "damaged memory", "half of the memory"])
+def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, how: str) -> None:
     ckpt = kill(victims, tmp_path, "idle")
-    for answer in victims.run(WORLD, case_restart, path=str(tmp_path), use=use):
+    if how in ("damaged memory", "half of the memory"):
+        flush_job(folder_of(ckpt))  # storage has it, so memory is only the nearer place
+        _, second = find_arenas(folder_of(ckpt))
+        if how == "damaged memory":
+            spoil(second)
+        else:
+            second.unlink()
+    world = 4 if how == "other world" else WORLD
+    for answer in victims.run(world, case_restart, path=str(tmp_path), use=how != "storage"):
         assert answer["wrong"] == []
-        assert answer["found"] == (LAST if use else 4)
+        assert answer["found"] == (4 if how == "storage" else LAST)
+        if how in ("memory", "other world"):
+            assert answer["read"] == 0
+        else:
+            assert answer["read"] > 0
+    event = next(event for event in read_events(open_store(str(ckpt))) if event.event == EventKind.RECOVERED)
+    assert (event.fields["memory_bytes"] > 0) == (how != "storage")
+    assert (event.fields["storage_bytes"] > 0) == (how not in ("memory", "other world"))
     assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
+
+
+def spoil(path: Path) -> None:
+    """Changes a byte in every expert and in the dense state of an arena."""
+    with Arena.open(path) as arena:
+        places = [slot.extents[0][0] for slot in arena.table.live() if slot.unit != "extra"]
+    with path.open("r+b") as file:
+        for at in places:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
 
 
 def test_what_cannot_be_flushed_is_refused(victims: Pool, tmp_path: Path) -> None:

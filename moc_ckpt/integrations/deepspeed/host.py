@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moc_ckpt.errors import ConfigError, StorageError
+from moc_ckpt.errors import ConfigError
 from moc_ckpt.integrations.deepspeed.pec import PartialExperts
+from moc_ckpt.integrations.deepspeed.predecessor import Predecessor
 from moc_ckpt.pec.holdings import largest_choice, largest_window
 from moc_ckpt.pec.k_values import AUTO, K
 from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.persist.client import AgentClient
 from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello
 from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
-from moc_ckpt.recovery.flush import flush_job, wait_for_agent
-from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity, forsaken, writer_pid
-from moc_ckpt.snapshot.places import UNNAMED, arena_path, find_arenas, job_dir, job_key
+from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity
+from moc_ckpt.snapshot.places import UNNAMED, arena_path, job_dir, job_key
 from moc_ckpt.snapshot.stager import Stager, register, unregister
 from moc_ckpt.votes import Votes
 
@@ -65,6 +65,7 @@ class Host:
         dense_bytes: bytes of a dense slot.
         max_k: the largest K that the arena has room for.
         keep_committed: what the last commit holds is kept in memory, too.
+        predecessor: what the last run left in memory.
     """
 
     def __init__(self, moc: MocCheckpoint, ownership: Ownership) -> None:
@@ -91,13 +92,14 @@ class Host:
         self._windows: dict[tuple[int, ...], int] = {}
         self._world = comm.world
         self._folder = comm.agree("making the job's directory", lambda: job_dir(job, create=True), wait="rendezvous")
-        comm.agree("clearing up after earlier runs", lambda: self._clear_up(first=local_rank == 0), wait="commit")
+        self.predecessor = self._look_back(first=local_rank == 0)
         need = comm.agree("sizing the arena", self._need)
         # K is the same on all ranks, so the one with the least memory decides.
         self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
         self.keep_committed = need.keep_committed
         if config.host.keep_committed and not need.keep_committed:
             logger.warning("rank %d has no memory for what the last commit holds (host.keep_committed)", comm.rank)
+        self._make_room(need, node)
         try:
             self._connect(moc, need, local_rank)
         except BaseException:
@@ -215,39 +217,33 @@ class Host:
         arena.close()
         _own.discard(arena.path)
 
-    def _clear_up(self, *, first: bool) -> None:
-        """Removes the arenas of runs of this job that are over, once their agent has written what it was given."""
-        if not first:
-            return
-        over = [path for path in find_arenas(self._folder) if path not in _own and writer_pid(path) is None]
-        # The other ranks wait for this one as long as for a commit.
-        deadline_s = self._config.timeouts.commit_s / 2
-        if over and self._config.recovery.memory:
-            self._rescue(over, deadline_s)
-        else:
-            with suppress(StorageError):
-                wait_for_agent(self._folder, deadline_s, _tell_waiting)
-        for path in over:
-            logger.info("removing %s of a run that is over", path.name)
-            path.unlink(missing_ok=True)
-        for folder in forsaken(self._folder.parent, _own):
-            logger.info("removing %s, which no run can find any more", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+    def _look_back(self, *, first: bool) -> Predecessor:
+        """Takes care of what earlier runs of this job left in memory; collective."""
+        found = Predecessor(self._folder, self._config, _own)
+        nothing: Callable[[], None] = lambda: None  # noqa: E731
+        self._comm.agree("looking after earlier runs", found.rescue if first else nothing, wait="commit")
+        self._comm.agree("mapping the memory of earlier runs", found.hold, wait="commit")
+        self._comm.agree("clearing up after earlier runs", found.remove if first else nothing, wait="commit")
+        return found
 
-    def _rescue(self, arenas: list[Path], deadline_s: float) -> None:
-        """Brings what the memory of the last run holds to storage, where a load finds it. Never raises for it."""
-        try:
-            flush, manifest = flush_job(self._folder, only=arenas, deadline_s=deadline_s, waiting=_tell_waiting)
-        except Exception as error:  # the run that is over must not keep this one from starting
-            logger.warning("what memory held of the last run is given up: %s", str(error).replace("\n  ", "; "))
+    def _make_room(self, need: ArenaNeed, node: str) -> None:
+        """Lets go of the last run's memory where the new arenas do not fit beside it; collective."""
+
+        def mine() -> tuple[str, int, bool]:
+            return node, need.total, self.predecessor.held is not None
+
+        replies = self._comm.exchange("agreeing on room", mine)
+        if not any(held for _, _, held in replies):
             return
-        if flush is not None and manifest is not None:
-            logger.info(
-                "RECOVERED from the memory of the last run: step %d and %d experts newer than storage are now %s",
-                manifest.step,
-                len(flush.experts),
-                manifest.tag,
-            )
+
+        def decide() -> None:
+            if not self.predecessor.leaves_room(sum(nbytes for name, nbytes, _ in replies if name == node)):
+                if self._rank == 0:
+                    logger.info("no room for new arenas beside the last run's: a load reads from storage")
+                self.predecessor.let_go()
+
+        # Nobody makes an arena before all of a node have decided, and let go.
+        self._comm.agree("making room", decide)
 
     def _need(self) -> ArenaNeed:
         """Sizes the arena; with K `auto` it is as large as the budget, or else shared memory, allows."""
@@ -256,7 +252,8 @@ class Host:
             return apply_budget(self._need_of(config.k_snapshot), budget)
         room = budget
         if room is None:
-            room = int(shutil.disk_usage(self._folder).free * _ROOM_SHARE) // self._neighbours
+            free = shutil.disk_usage(self._folder).free + self.predecessor.nbytes
+            room = int(free * _ROOM_SHARE) // self._neighbours
 
         def fits(k: int) -> bool:
             try:
@@ -330,6 +327,7 @@ class Host:
         if self._closed:
             return
         self._closed = True
+        self.predecessor.let_go()
         self.votes.close()
         self.stager.close()
         answered = self.agent.close(_CONNECT_S)
@@ -347,10 +345,6 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _tell_waiting(ranks: list[int]) -> None:
-    logger.info("waiting for the agent to write what ranks %s of the last run left", ranks)
 
 
 def _node() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from moc_ckpt.integrations.deepspeed.match import check_model
 from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, rank_file
+from moc_ckpt.recovery.memory_reads import MemoryPiece, split_plan
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
 from moc_ckpt.recovery.restorer import Damage, index_manifest, try_stage
 from moc_ckpt.state.catalog import Catalog, dtype_name
@@ -36,7 +37,7 @@ from moc_ckpt.storage.store import Store
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["Damaged", "InMemory", "LoadRequest", "read", "take_over"]
+__all__ = ["Damaged", "InMemory", "LoadRequest", "Sources", "read", "take_over"]
 
 _FIX = "load an older tag, or restore the file from a copy"
 
@@ -85,6 +86,18 @@ class _Prepared:
     experts: Restored | None
 
 
+class Sources(NamedTuple):
+    """Where what was restored came from, in bytes of tensors of all ranks.
+
+    Attributes:
+        memory: from the memory of the run before.
+        storage: from storage.
+    """
+
+    memory: int
+    storage: int
+
+
 @dataclass(frozen=True, slots=True)
 class InMemory:
     """A checkpoint that was read: what this rank is going to restore, in host memory, checked."""
@@ -92,6 +105,7 @@ class InMemory:
     prepared: _Prepared
     values: Sequence[torch.Tensor]
     digests: Sequence[Mapping[str, str]]
+    nbytes: Sources
 
     @property
     def experts(self) -> Restored | None:
@@ -142,14 +156,20 @@ def read(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequ
     prepared = box[0]
     values: list[torch.Tensor] = []
 
-    def fetch() -> tuple[Damage, ...]:
-        staged, damage = _stage(store, manifest, prepared)
-        values.extend(staged)
-        return tuple(damage)
+    # A function that gets tensors may keep them, or write to them.
+    held = moc.held_memory(store) if request.custom_load_fn is None else None
 
-    if found := _damaged(comm.rank, comm.exchange("reading the checkpoint", fetch, wait="commit")):
+    def fetch() -> tuple[tuple[Damage, ...], Sources]:
+        here, plan = split_plan(held, manifest, prepared.plan) if held is not None else ([], prepared.plan)
+        staged, damage = _stage(store, manifest, prepared, plan, here)
+        values.extend(staged)
+        return tuple(damage), Sources(sum(item.piece.nbytes for item in here), plan.nbytes)
+
+    fetched = comm.exchange("reading the checkpoint", fetch, wait="commit")
+    if found := _damaged(comm.rank, [reply[0] for reply in fetched]):
         return found
-    return InMemory(prepared, values, [reply[0] for reply in replies])
+    sources = Sources(*(sum(column) for column in zip(*(reply[1] for reply in fetched), strict=True)))
+    return InMemory(prepared, values, [reply[0] for reply in replies], sources)
 
 
 def _damaged(rank: int, found: Sequence[tuple[Damage, ...]]) -> Damaged | None:
@@ -319,10 +339,12 @@ def _extra(store: Store, manifest: Manifest, name: str) -> bytes:
     return read_extra(store, record)
 
 
-def _stage(store: Store, manifest: Manifest, prepared: _Prepared) -> tuple[list[torch.Tensor], list[Damage]]:
+def _stage(
+    store: Store, manifest: Manifest, prepared: _Prepared, plan: RecoveryPlan, here: Sequence[MemoryPiece]
+) -> tuple[list[torch.Tensor], list[Damage]]:
     units = UnitMap(manifest.layers)
     fragments = [need.fragment for need in prepared.needs]
-    return try_stage(store, manifest, prepared.plan, fragments, [units.unit_of(item.fqn) for item in fragments])
+    return try_stage(store, manifest, plan, fragments, [units.unit_of(item.fqn) for item in fragments], here)
 
 
 def _apply(moc: MocCheckpoint, prepared: _Prepared, values: Sequence[torch.Tensor], request: LoadRequest) -> None:

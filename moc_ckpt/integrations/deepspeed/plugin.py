@@ -26,9 +26,11 @@ from moc_ckpt.integrations.deepspeed.save import SaveRequest, directory_text, sa
 from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.plan.coverage import check_coverage, check_experts
+from moc_ckpt.recovery.held import HeldMemory
 from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
 from moc_ckpt.storage.base import unit_tensors
+from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["MocCheckpoint"]
 
@@ -115,6 +117,8 @@ class MocCheckpoint:
         if self.preempt is not None:
             self.preempt.step_done(self)
         if self.pipeline is not None:
+            # A run that trains without having loaded has no use for what the last one left.
+            self.pipeline.host.predecessor.let_go()
             self.pipeline.step_done()
 
     def _update_begins(self, *_: Any) -> None:
@@ -272,7 +276,14 @@ class MocCheckpoint:
                 self.pipeline.make_room()
         seconds = time.perf_counter() - begin
         self.report.recovered(found, self.comm.world, seconds, goes_on=request.continues)
+        if self.pipeline is not None:
+            self.pipeline.host.predecessor.let_go()
         return store.locate(manifest.tag), found.memory.client_state
+
+    def held_memory(self, store: Store) -> HeldMemory | None:
+        """Returns the memory that the run before left on this node, if it saved into this directory."""
+        held = self.pipeline.host.predecessor.held if self.pipeline is not None else None
+        return held if held is not None and open_store(held.url).url == store.url else None
 
     def forget(self) -> None:
         """Forgets where the live state is from: it is about to be overwritten. Not collective; done on all ranks."""

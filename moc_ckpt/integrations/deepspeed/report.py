@@ -111,6 +111,9 @@ class Reporter:
         text = (
             f", {older} experts from older steps, {lost:,} tokens lost, PLT {100 * ledger.plt:.2f} %" if older else ""
         )
+        sources = found.memory.nbytes
+        if sources.memory:
+            text += f"; {bytes_text(sources.memory)} from memory, {bytes_text(sources.storage)} from storage"
         logger.info(
             "RECOVERED %s: step %d, saved by %d ranks, loaded by %d in %.2f s%s",
             manifest.tag,
@@ -131,6 +134,8 @@ class Reporter:
             world=world,
             older_experts=older,
             lost=list(ledger.recoveries[-1].lost) if ledger.recoveries else [],
+            memory_bytes=sources.memory,
+            storage_bytes=sources.storage,
             k=list(self._pec.k),
             plt=ledger.plt,
             damaged=[

@@ -1,0 +1,121 @@
+"""Memory of a run that is over, kept until the run after it has restored: the nearest place that holds a version.
+
+What a checkpoint refers to is found here by its address (unit, version, fragment), whatever pack holds it in storage.
+Bytes are handed out as views, and only after their checksum was compared with the manifest's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from moc_ckpt.errors import MocError
+from moc_ckpt.recovery.memory import RankMemory, open_memory
+from moc_ckpt.state.fragment import Fragment
+from moc_ckpt.state.unit import Version, parse_expert_unit
+
+__all__ = ["HeldMemory"]
+
+logger = logging.getLogger("moc_ckpt")
+
+_DENSE = "dense"
+_Place = tuple[RankMemory, Sequence[tuple[int, int]]]
+
+
+class HeldMemory:
+    """The arenas of a run that is over, mapped for reading. Not thread-safe, but for the arrays that it hands out.
+
+    The mapping keeps the memory even where the files are removed; a process that dies lets go of it.
+
+    Args:
+        stack: closes the arenas.
+        url: the directory that the run saved into.
+        attempt: its attempt there.
+        ranks: the arenas.
+    """
+
+    def __init__(self, stack: ExitStack, url: str, attempt: int, ranks: Sequence[RankMemory]) -> None:
+        self._stack = stack
+        self._attempt = attempt
+        self._ranks = list(ranks)
+        self._places: dict[tuple[str, int], dict[Fragment, _Place]] = {}
+        self.url = url
+
+    @classmethod
+    def open(cls, folder: Path, only: Container[Path] | None = None) -> HeldMemory | None:
+        """Maps the arenas of a job's newest run on this node.
+
+        Args:
+            folder: the job's directory in shared memory.
+            only: look at these arenas alone; None for all.
+
+        Returns:
+            The memory; None if there is none that belongs to a checkpoint directory.
+        """
+        with ExitStack() as stack:
+            memory = stack.enter_context(open_memory(folder, only))
+            if memory is None or memory.url is None or memory.attempt is None:
+                return None
+            return cls(stack.pop_all(), memory.url, memory.attempt, list(memory.ranks.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of shared memory that it keeps, of all ranks of the node together."""
+        return sum(rank.arena.spec.reserved for rank in self._ranks)
+
+    def find(self, unit: str, version: Version, fragment: Fragment) -> list[np.ndarray] | None:
+        """Returns a stored fragment's bytes, in order; None if they are not here.
+
+        Args:
+            unit: the unit that it belongs to.
+            version: attempt and step that its bytes are from.
+            fragment: as it was saved, with the dtype that it has there.
+        """
+        if version.attempt != self._attempt:
+            return None
+        slot = (unit if parse_expert_unit(unit) is not None else _DENSE, version.step)
+        places = self._places.get(slot)
+        if places is None:
+            places = self._places[slot] = self._index(slot)
+        found = places.get(fragment)
+        if found is None:
+            return None
+        rank, spans = found
+        return [rank.arena.array[at : at + count] for at, count in spans]
+
+    def close(self) -> None:
+        """Lets go of the memory, which is freed once nobody has a view. Doing it again changes nothing."""
+        self._ranks, self._places = [], {}
+        self._stack.close()
+
+    def _index(self, slot: tuple[str, int]) -> dict[Fragment, _Place]:
+        found: dict[Fragment, _Place] = {}
+        for rank in self._ranks:
+            if slot not in rank.slots:
+                continue
+            try:
+                content = rank.unit(*slot)
+            except MocError as error:
+                logger.warning("%s; storage has it", error.what)
+                continue
+            for (_, fragment), offset in zip(content.fragments, content.offsets, strict=True):
+                found[fragment] = rank, cut_extents(content.extents, offset, fragment.nbytes)
+        return found
+
+
+def cut_extents(extents: Sequence[tuple[int, int]], offset: int, nbytes: int) -> list[tuple[int, int]]:
+    """Returns where bytes [offset, offset + nbytes) of a slot lie: (first byte in the file, bytes), in order. Pure."""
+    found: list[tuple[int, int]] = []
+    for start, room in extents:
+        if nbytes == 0:
+            break
+        if offset < room:
+            count = min(room - offset, nbytes)
+            found.append((start + offset, count))
+            nbytes -= count
+        offset = max(offset - room, 0)
+    return found
