@@ -23,6 +23,7 @@ from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, rank_file
 from moc_ckpt.recovery.memory_reads import MemoryPiece, split_plan
+from moc_ckpt.recovery.pinning import pinned
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
 from moc_ckpt.recovery.restorer import Damage, index_manifest, try_stage
 from moc_ckpt.state.catalog import Catalog, dtype_name
@@ -348,8 +349,9 @@ def _stage(
 
 
 def _apply(moc: MocCheckpoint, prepared: _Prepared, values: Sequence[torch.Tensor], request: LoadRequest) -> None:
-    for need, value in zip(prepared.needs, values, strict=True):
-        need.apply(value)
+    with pinned(values, torch.device(moc.engine.device)):
+        for need, value in zip(prepared.needs, values, strict=True):
+            need.apply(value)
     if prepared.records:
         apply_scalars(prepared.catalog, prepared.records, moc.view.state_of)
         replay_bias_correction(moc.view.optimizer)
