@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Everything about snapshots that needs GPUs, on this machine, in two steps that can be run apart:
+# Everything about snapshots that needs GPUs, on this machine, in steps that can be run apart:
 #
 #   scripts/bench/on_gpu.sh exact  OUT_DIR     copies are whole and exact, also where the update races them (4 minutes)
 #   scripts/bench/on_gpu.sh stall  OUT_DIR     what ours costs (all GPUs; about 5 minutes on two)
+#   scripts/bench/on_gpu.sh copy   OUT_DIR     how fast copies leave the GPUs, one alone and all at once (seconds)
 #   scripts/bench/on_gpu.sh peers  OUT_DIR     DeepSpeed, torch DCP and other settings of ours (about 8 minutes on two)
 #
 # It uses the python on PATH and installs nothing. The model of `stall` and `peers` keeps an H100 or H200 busy: 92 % of a step of
 # 0.25 s; with 12 layers of hidden 1024 the step is three times as long as the device needs, and Python is what is measured.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-step="${1:?exact, stall or peers}"
+step="${1:?exact, stall, copy or peers}"
 out="$(mkdir -p "${2:?where results go}" && cd "$2" && pwd)"
 gpus="$(nvidia-smi -L | wc -l)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
@@ -28,10 +29,11 @@ case "$step" in
         python3 tests/gpu/run_gpu.py --json "$out/exact.json" --only async_z2_bf16_fused async_z1_bf16_fp32acc_fused \
             async_z0_bf16_fused async_z2_fp16_fused async_z2_bf16_cpu_adam async_z2_fp32_fused
         ;;
+    copy) python3 scripts/bench/copy_rate.py | tee "$out/copy.json" ;;
     stall) bench stall --arms pec/1 pec/1+persist --pairs "${PAIRS:-5}" ;;
     peers) bench peers --arms native dcp full/1 full/10 pec/5 pec/10+persist --pairs 2 --explicit-pairs 1 ;;
     *)
-        echo "no step $step: exact, stall or peers" >&2
+        echo "no step $step: exact, stall, copy or peers" >&2
         exit 2
         ;;
 esac
