@@ -62,7 +62,8 @@ class RecoveryConfig(_Section):
 
     memory: bool = Field(
         True,
-        description="a run that starts first brings to storage what the memory of the one before it still holds",
+        description="a run that starts first brings to storage what the memory of the one before it still holds, and "
+        "loads from there what it can",
     )
     require_resume: bool = Field(
         False, description="raise where nothing is saved, instead of returning (None, None) as DeepSpeed does"
