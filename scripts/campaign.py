@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     faults = verbs.add_parser("faults", help="kill trainers, agents and nodes, then start again")
     faults.add_argument("--count", type=int, default=300, help="faults (default 300)")
     faults.add_argument("--seed", type=int, default=1, help="default 1; the same seed draws the same faults")
+    faults.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
     faults.add_argument("--json", action="store_true", help="print one JSON object, and everything else on stderr")
     faults.set_defaults(run=run_faults)
     return parser
@@ -52,7 +53,12 @@ def run_faults(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, bool
     """Runs the campaign of killed processes."""
     from campaign_tools.faults import BAD, run, table
 
-    result = run(arguments.count, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    result = run(
+        arguments.count,
+        arguments.seed,
+        lambda text: print(text, file=sys.stderr, flush=True),
+        seconds=arguments.seconds,
+    )
     return result, table(result), not any(result[name] for name in BAD)
 
 
