@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from moc_ckpt.persist.source import FileSource
 from moc_ckpt.persist.survey import ask_agent
 from moc_ckpt.persist.writer import SaveId, build_part, write_prepared
 from moc_ckpt.plan.save_plan import DENSE, EXPERTS, PackPlan, SavePlan
-from moc_ckpt.recovery.memory import JobMemory, MemoryChoice, RankMemory, open_memory
+from moc_ckpt.recovery.memory import Inventory, JobMemory, MemoryChoice, RankMemory, open_memory
 from moc_ckpt.snapshot.arena import writer_pid
 from moc_ckpt.state.unit import Version, parse_expert_unit
 from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
@@ -35,7 +35,16 @@ from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.manifest import CommitInfo, Manifest, Part
 from moc_ckpt.storage.store import Store, open_store
 
-__all__ = ["Flush", "flush_job", "plan_flush", "wait_for_agent"]
+__all__ = [
+    "Flush",
+    "flush_job",
+    "plan_flush",
+    "refuse_living",
+    "tokens_of",
+    "wait_for_agent",
+    "with_bytes",
+    "write_parts",
+]
 
 _THREADS = 2
 _RANKS_AT_ONCE = 4
@@ -56,8 +65,8 @@ class Flush:
         stored_step: step of the newest checkpoint of the run's timeline; None if there is none.
         experts: expert unit -> step of the version to write.
         world: number of ranks.
-        nbytes: bytes of the slots to write.
         newest: the newest checkpoint of the timeline.
+        nbytes: bytes of the slots to write on this node; 0 until it is known.
     """
 
     url: str
@@ -66,8 +75,13 @@ class Flush:
     stored_step: int | None
     experts: Mapping[str, int]
     world: int
-    nbytes: int
     newest: Manifest | None
+    nbytes: int = 0
+
+    @property
+    def choice(self) -> MemoryChoice:
+        """The state that is written."""
+        return MemoryChoice(self.step, self.experts)
 
     @property
     def tag(self) -> str:
@@ -76,11 +90,11 @@ class Flush:
         return self.newest.tag if same and self.newest is not None else f"global_step{self.step}"
 
 
-def plan_flush(memory: JobMemory, store: Store) -> Flush | None:
+def plan_flush(memory: Inventory, store: Store) -> Flush | None:
     """Finds what memory has that a directory lacks; writes nothing.
 
     Args:
-        memory: the job's memory.
+        memory: what the nodes hold.
         store: the checkpoint root.
 
     Returns:
@@ -103,7 +117,7 @@ def plan_flush(memory: JobMemory, store: Store) -> Flush | None:
         )
     if memory.absent:
         raise StorageError(
-            f"the memory of ranks {', '.join(map(str, memory.absent))} of {memory.world} is not on this node, "
+            f"the memory of ranks {', '.join(map(str, memory.absent))} of {memory.world} is not here, "
             "and dense state is sharded over all",
             where=store.url,
             fix="where their node is lost, the newest checkpoint on storage is what there is",
@@ -127,9 +141,8 @@ def plan_flush(memory: JobMemory, store: Store) -> Flush | None:
     experts = {unit: step for unit, step in chosen.experts.items() if step > stored.get(unit, -1)}
     if newest is not None and newest.step >= chosen.step and not experts:
         return None
-    nbytes = sum(_bytes(rank, chosen.step, experts) for rank in memory.ranks.values())
     stored_step = newest.step if newest is not None else None
-    return Flush(store.url, memory.attempt, chosen.step, stored_step, experts, memory.world, nbytes, newest)
+    return Flush(store.url, memory.attempt, chosen.step, stored_step, experts, memory.world, newest)
 
 
 def _stored(store: Store, attempt: int, step: int) -> tuple[Manifest | None, dict[str, int]]:
@@ -148,9 +161,11 @@ def _stored(store: Store, attempt: int, step: int) -> tuple[Manifest | None, dic
     return newest, found
 
 
-def _bytes(rank: RankMemory, step: int, experts: Mapping[str, int]) -> int:
-    wanted = {(_DENSE_UNIT, step), *experts.items()}
-    return sum(slot.nbytes for key, slot in rank.slots.items() if key in wanted)
+def with_bytes(flush: Flush, memory: JobMemory) -> Flush:
+    """Returns a flush that knows how many bytes of it are in this memory."""
+    wanted = {(_DENSE_UNIT, flush.step), *flush.experts.items()}
+    slots = (item for rank in memory.ranks.values() for item in rank.slots.items())
+    return replace(flush, nbytes=sum(slot.nbytes for key, slot in slots if key in wanted))
 
 
 def flush_job(
@@ -187,18 +202,23 @@ def flush_job(
     with open_memory(folder, only) as memory:
         if memory is None:
             return None, None
-        _refuse_living(memory)
+        refuse_living(memory)
         store = store or (open_store(memory.url) if memory.url else None)
         if store is None:
             return None, None
-        flush = plan_flush(memory, store)
-        if flush is None or dry_run:
+        flush = plan_flush(memory.inventory, store)
+        if flush is None:
+            return None, None
+        flush = with_bytes(flush, memory)
+        if dry_run:
             return flush, None
-        choice = MemoryChoice(flush.step, flush.experts)
-        return flush, _write(memory, store, flush, choice, progress)
+        save_id = new_save_id()
+        write_parts(memory, store, flush, save_id, tokens_of(memory, flush), progress)
+        return flush, commit(store, flush.tag, save_id, attempt=flush.attempt)
 
 
-def _refuse_living(memory: JobMemory) -> None:
+def refuse_living(memory: JobMemory) -> None:
+    """Raises StorageError if a trainer of the run still lives."""
     for rank in memory.ranks.values():
         pid = writer_pid(rank.arena.path)
         if pid is not None:
@@ -248,17 +268,38 @@ def wait_for_agent(folder: Path, deadline_s: float, tell: Callable[[list[int]], 
         time.sleep(_LOOK_S)
 
 
-def _write(
-    memory: JobMemory, store: Store, flush: Flush, choice: MemoryChoice, progress: Callable[[int, int], None]
-) -> Manifest:
-    records = {rank: memory.ranks[rank].record(choice.step) for rank in memory.ranks}
-    tokens = _tokens(records[0], choice)
-    info = _commit_info(memory.ranks[0], records[0], flush, choice)
-    save_id = new_save_id()
+def tokens_of(memory: JobMemory, flush: Flush) -> dict[str, int]:
+    """Returns the tokens that each expert's version of a flush has learnt; rank 0's memory knows them."""
+    return _tokens(memory.ranks[0].record(flush.step), flush.choice)
+
+
+def write_parts(
+    memory: JobMemory,
+    store: Store,
+    flush: Flush,
+    save_id: str,
+    tokens: Mapping[str, int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes what a node has of a flush; `commit` follows once all nodes have done so.
+
+    Args:
+        memory: the memory of this node.
+        store: the checkpoint root.
+        flush: what to write, on all nodes.
+        save_id: the same on all nodes.
+        tokens: of `tokens_of`.
+        progress: is told the bytes written, and all of this node.
+
+    Raises:
+        StorageError: if storage refuses.
+    """
     done = [0]
 
     def write(rank: RankMemory) -> None:
-        part, packs, extras = _part(rank, records[rank.rank], flush, choice, save_id, tokens, info)
+        record = rank.record(flush.step)
+        info = _commit_info(rank, record, flush, flush.choice) if rank.rank == 0 else None
+        part, packs, extras = _part(rank, record, flush, flush.choice, save_id, tokens, info)
         sources = [FileSource(rank.arena.array, spans) for spans in packs]
         written = write_prepared(store, part, sources, extras, threads=_THREADS)
         done[0] += sum(pack.nbytes for pack in written.packs)
@@ -268,7 +309,6 @@ def _write(
     with ThreadPoolExecutor(_RANKS_AT_ONCE, thread_name_prefix="moc-flush") as workers:
         for _ in workers.map(write, memory.ranks.values()):
             pass
-    return commit(store, flush.tag, save_id, attempt=flush.attempt)
 
 
 def _part(
@@ -278,7 +318,7 @@ def _part(
     choice: MemoryChoice,
     save_id: str,
     tokens: Mapping[str, int],
-    info: CommitInfo,
+    info: CommitInfo | None,
 ) -> tuple[Part, list[list[tuple[int, int, int]]], dict[str, bytes]]:
     packs: list[PackPlan] = []
     spans: list[list[tuple[int, int, int]]] = []
@@ -312,7 +352,7 @@ def _part(
         parameters=record.parameters,
         rng=record.rng,
         optimizer=optimizer,
-        commit=info if rank.rank == 0 else None,
+        commit=info,
     )
     return part, spans, extras
 

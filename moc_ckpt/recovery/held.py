@@ -7,6 +7,8 @@ Bytes are handed out as views, and only after their checksum was compared with t
 from __future__ import annotations
 
 import logging
+import mmap
+import os
 from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +33,8 @@ class HeldMemory:
 
     The mapping keeps the memory even where the files are removed; a process that dies lets go of it.
 
+    What it hands out may not be written to.
+
     Args:
         stack: closes the arenas.
         url: the directory that the run saved into.
@@ -42,6 +46,8 @@ class HeldMemory:
         self._stack = stack
         self._attempt = attempt
         self._ranks = list(ranks)
+        # Mapped for writing, although nobody writes: devices refuse to pin what is not.
+        self._arrays = {id(rank): _map(rank.arena.path) for rank in self._ranks}
         self._places: dict[tuple[str, int], dict[Fragment, _Place]] = {}
         self.url = url
 
@@ -85,11 +91,11 @@ class HeldMemory:
         if found is None:
             return None
         rank, spans = found
-        return [rank.arena.array[at : at + count] for at, count in spans]
+        return [self._arrays[id(rank)][at : at + count] for at, count in spans]
 
     def close(self) -> None:
         """Lets go of the memory, which is freed once nobody has a view. Doing it again changes nothing."""
-        self._ranks, self._places = [], {}
+        self._ranks, self._places, self._arrays = [], {}, {}
         self._stack.close()
 
     def _index(self, slot: tuple[str, int]) -> dict[Fragment, _Place]:
@@ -105,6 +111,14 @@ class HeldMemory:
             for (_, fragment), offset in zip(content.fragments, content.offsets, strict=True):
                 found[fragment] = rank, cut_extents(content.extents, offset, fragment.nbytes)
         return found
+
+
+def _map(path: Path) -> np.ndarray:
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return np.frombuffer(mmap.mmap(handle, 0), dtype=np.uint8)
+    finally:
+        os.close(handle)
 
 
 def cut_extents(extents: Sequence[tuple[int, int]], offset: int, nbytes: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,16 @@ from moc_ckpt.snapshot.slots import Slot, SlotState
 from moc_ckpt.state.fragment import Fragment
 from moc_ckpt.state.unit import parse_expert_unit
 
-__all__ = ["JobMemory", "MemoryChoice", "MemoryVersions", "RankMemory", "choose", "open_memory"]
+__all__ = [
+    "Inventory",
+    "JobMemory",
+    "MemoryChoice",
+    "MemoryVersions",
+    "RankMemory",
+    "choose",
+    "join",
+    "open_memory",
+]
 
 _WHOLE = (SlotState.FILLED, SlotState.PERSISTING, SlotState.COMMITTED)
 _DENSE = "dense"
@@ -80,6 +89,57 @@ def choose(ranks: Mapping[int, MemoryVersions], world: int) -> MemoryChoice | No
             shared[unit] = shared[unit] & steps if unit in shared else steps
     found = {unit: max((at for at in steps if at <= step), default=None) for unit, steps in shared.items()}
     return MemoryChoice(step, {unit: at for unit, at in sorted(found.items()) if at is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What memory holds of a run, on one node or on several; small, and fit to be sent to other ranks.
+
+    Attributes:
+        run: id of the run.
+        world: number of its ranks.
+        url: the directory that it saved into last; None if none is open.
+        attempt: its attempt there.
+        created: when it began, in seconds since 1970.
+        ranks: what the memory of each rank holds.
+    """
+
+    run: str
+    world: int
+    url: str | None
+    attempt: int | None
+    created: float
+    ranks: Mapping[int, MemoryVersions]
+
+    @property
+    def absent(self) -> Sequence[int]:
+        """Ranks whose memory is not known."""
+        return sorted(set(range(self.world)) - set(self.ranks))
+
+    def choose(self) -> MemoryChoice | None:
+        """Returns the newest consistent state; None if there is none."""
+        return choose(self.ranks, self.world)
+
+
+def join(inventories: Iterable[Inventory]) -> Inventory | None:
+    """Joins what several nodes hold of the newest run of which any holds something. Pure.
+
+    Args:
+        inventories: one per node; what is of older runs is left out.
+
+    Returns:
+        All of it; None if there is none. Without a directory where the nodes do not agree on one: a rank that was
+        killed while a directory was opened does not have it yet.
+    """
+    known = list(inventories)
+    if not known:
+        return None
+    newest = max(known, key=lambda item: (item.created, item.run))
+    same = [item for item in known if item.run == newest.run]
+    ranks = {rank: versions for item in same for rank, versions in sorted(item.ranks.items())}
+    agreed = len({(item.url, item.attempt) for item in same}) == 1
+    url, attempt = (newest.url, newest.attempt) if agreed else (None, None)
+    return Inventory(newest.run, newest.world, url, attempt, newest.created, ranks)
 
 
 @dataclass(slots=True)
@@ -187,13 +247,10 @@ class JobMemory:
     unreadable: Mapping[Path, str]
 
     @property
-    def absent(self) -> Sequence[int]:
-        """Ranks whose memory is not here."""
-        return sorted(set(range(self.world)) - set(self.ranks))
-
-    def choose(self) -> MemoryChoice | None:
-        """Returns the newest consistent state; None if there is none."""
-        return choose({rank: memory.versions for rank, memory in self.ranks.items()}, self.world)
+    def inventory(self) -> Inventory:
+        """What it holds."""
+        ranks = {rank: memory.versions for rank, memory in self.ranks.items()}
+        return Inventory(self.run, self.world, self.url, self.attempt, self.created, ranks)
 
 
 @contextmanager

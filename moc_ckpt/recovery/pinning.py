@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,9 +14,6 @@ __all__ = ["merge_pages", "pinned"]
 
 logger = logging.getLogger("moc_ckpt")
 
-# Memory that is mapped for reading only can be registered as such alone (cudaHostRegisterReadOnly).
-_READ_ONLY = 0x08
-_DEFAULT = 0
 # Below it pinning costs more than it saves.
 _LEAST_BYTES = 1 << 20
 
@@ -51,12 +49,14 @@ def pinned(values: Sequence[torch.Tensor], device: torch.device) -> Iterator[int
     """
     done: list[int] = []
     total = 0
-    if device.type == "cuda":
-        runtime = torch.cuda.cudart()
+    driver = ctypes.CDLL("libcuda.so.1") if device.type == "cuda" and any(value.numel() for value in values) else None
+    if driver is not None:
+        # The driver's own functions: a refusal by the runtime's stays behind, and fails the next kernel.
+        torch.cuda.current_stream(device).synchronize()
         for address, nbytes in merge_pages((value.data_ptr(), value.nbytes) for value in values):
             if nbytes < _LEAST_BYTES:
                 continue
-            if any(int(runtime.cudaHostRegister(address, nbytes, flags)) == 0 for flags in (_DEFAULT, _READ_ONLY)):
+            if driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0)) == 0:
                 done.append(address)
                 total += nbytes
             else:
@@ -67,4 +67,5 @@ def pinned(values: Sequence[torch.Tensor], device: torch.device) -> Iterator[int
         if done:
             torch.cuda.current_stream(device).synchronize()
         for address in done:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            assert driver is not None
+            driver.cuMemHostUnregister(ctypes.c_void_p(address))

@@ -132,7 +132,7 @@ def try_stage(
         damage += [found] if found is not None else []
     values = []
     for index, (start, size, dtype) in enumerate(zip(starts, sizes, plan.dtypes, strict=True)):
-        data = _readable(shown[index]) if index in shown else staged[start : start + size]
+        data = torch.from_numpy(shown[index]) if index in shown else staged[start : start + size]
         kind = getattr(torch, dtype)
         values.append(data.view(kind) if size else torch.empty(0, dtype=kind))
     return values, damage
@@ -140,18 +140,6 @@ def try_stage(
 
 def _is_aligned(view: np.ndarray) -> bool:
     return int(view.ctypes.data) % _ALIGNMENT == 0
-
-
-class _Shown:
-    """Memory that is mapped for reading, for torch, which knows writable memory only."""
-
-    def __init__(self, view: np.ndarray) -> None:
-        self._view = view  # keeps the mapping
-        self.__array_interface__ = {**view.__array_interface__, "data": (int(view.ctypes.data), False)}
-
-
-def _readable(view: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(_Shown(view)))
 
 
 class _Witnesses:

@@ -154,6 +154,42 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     return {"wrong": wrong, "found": found, "tags": tags(diary.path), "read": sum(read)}
 
 
+def case_nodes_killed(ctx: Any, path: str) -> None:
+    """Every rank on a node of its own."""
+    own_node(ctx.rank, path)
+    case_killed(ctx, path, "idle")
+
+
+def case_nodes_restart(ctx: Any, path: str, moved: bool) -> dict[str, Any]:
+    own_node(1 - ctx.rank if moved else ctx.rank, path)
+    return case_restart(ctx, path, True)
+
+
+def own_node(number: int, path: str) -> None:
+    os.environ["MOC_SHM_DIR"] = f"{os.environ['MOC_SHM_DIR']}/{Path(path).name}-node{number}"
+    Path(os.environ["MOC_SHM_DIR"]).mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("how", ["same", "moved", "one lost"])
+def test_nodes_bring_their_memory_together(victims: Pool, tmp_path: Path, how: str) -> None:
+    with pytest.raises(CaseHang):
+        victims.run(WORLD, case_nodes_killed, path=str(tmp_path), deadline=60.0, fresh_after=True)
+    assert (tmp_path / "died0").exists() and (tmp_path / "died1").exists(), "the case failed before its end"
+    ckpt = tmp_path / "c"
+    assert latest_tag(open_store(str(ckpt))) == "global_step4"
+    if how == "one lost":
+        for arena in Path(victims._shared, f"{tmp_path.name}-node1").rglob("*.arena"):
+            arena.unlink()
+    answers = victims.run(WORLD, case_nodes_restart, path=str(tmp_path), moved=how == "moved", fresh_after=True)
+    for answer in answers:
+        assert answer["wrong"] == []
+        assert answer["found"] == (4 if how == "one lost" else LAST)
+        if how == "same":
+            # Buffers that all ranks have are saved by one, which is another node for the others.
+            assert answer["read"] < 1000
+    assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
+
+
 @contextmanager
 def counted_reads() -> Iterator[list[int]]:
     """Counts the bytes of tensors that this process asks storage for."""
@@ -219,7 +255,7 @@ def test_what_cannot_be_flushed_is_refused(victims: Pool, tmp_path: Path) -> Non
     _, second = find_arenas(folder)
     hidden = second.with_suffix(".hidden")
     second.rename(hidden)
-    with pytest.raises(StorageError, match="memory of ranks 1 of 2 is not on this node"):
+    with pytest.raises(StorageError, match="memory of ranks 1 of 2 is not here"):
         flush_job(folder, store)
     hidden.rename(second)
     code = (

@@ -49,6 +49,7 @@ def case_killed(ctx: Any, path: str, when: str, victim: int) -> None:
         harness.train(engine, 1)
         diary.note(engine, attempt=1)
     engine.moc.wait()
+    engine.moc.pipeline.quiesce()  # that the save has ended is known to all, so the next one is not skipped
     agent = engine.moc.pipeline.host.agent.agent_pid
     ctx.barrier()
     if when == "copy" and ctx.rank == victim:

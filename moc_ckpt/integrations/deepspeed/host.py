@@ -221,7 +221,7 @@ class Host:
         """Takes care of what earlier runs of this job left in memory; collective."""
         found = Predecessor(self._folder, self._config, _own)
         nothing: Callable[[], None] = lambda: None  # noqa: E731
-        self._comm.agree("looking after earlier runs", found.rescue if first else nothing, wait="commit")
+        found.rescue(self._comm, first=first)
         self._comm.agree("mapping the memory of earlier runs", found.hold, wait="commit")
         self._comm.agree("clearing up after earlier runs", found.remove if first else nothing, wait="commit")
         return found

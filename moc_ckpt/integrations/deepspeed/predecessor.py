@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+import time
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TypeVar
 
+from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import StorageError
-from moc_ckpt.recovery.flush import flush_job, wait_for_agent
+from moc_ckpt.recovery.flush import Flush, plan_flush, tokens_of, wait_for_agent, write_parts
 from moc_ckpt.recovery.held import HeldMemory
+from moc_ckpt.recovery.memory import Inventory, JobMemory, join, open_memory
 from moc_ckpt.snapshot.arena import forsaken, writer_pid
 from moc_ckpt.snapshot.places import find_arenas
+from moc_ckpt.storage.checkpoint import new_save_id
+from moc_ckpt.storage.commit import commit
+from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["Predecessor"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("moc_ckpt")
 
 # Of what is free in shared memory, what new arenas may take beside the ones of the last run.
 _ROOM_SHARE = 0.9
+# A killed process goes on for as long as its memory takes to be given back.
+_ENDING_S = 10.0
+_LOOK_S = 0.1
 
 
 class Predecessor:
-    """The memory of the runs before this one, on one node. What it does is not collective.
+    """The memory of the runs before this one, on one node. But for `rescue` what it does is not collective.
 
     Args:
         folder: the job's directory in shared memory.
@@ -40,28 +52,49 @@ class Predecessor:
         self._config = config
         self._own = own
         self.held: HeldMemory | None = None
+        self._memory: JobMemory | None = None
 
-    def rescue(self) -> None:
-        """Brings what memory has newer than storage there; done by one rank of the node. Never raises for it."""
+    def rescue(self, comm: Comm, *, first: bool) -> None:
+        """Brings what memory has newer than storage there; collective. What goes wrong is said, and keeps nobody.
+
+        Every node writes what its own ranks left, and the first rank commits once all have.
+
+        Args:
+            comm: all ranks of the new run, which need be neither as many nor at the same places as those of the last.
+            first: this rank acts for its node.
+        """
+        with ExitStack() as stack:
+            found = _Step(comm, "looking at the memory of earlier runs").all(
+                lambda: self._look(stack) if first else None
+            )
+            memory, self._memory = self._memory, None
+            if found is None:
+                return
+            joined = join(item for item in found if item is not None)
+            if joined is None or joined.url is None:
+                return
+            store = open_store(joined.url)
+            if memory is not None and memory.run != joined.run:
+                memory = None
+            planned = _Step(comm, "planning what memory brings to storage").first(
+                lambda: (plan_flush(joined, store), new_save_id())
+            )
+            if planned is not None:
+                _bring(comm, memory, store, *planned)
+
+    def _look(self, stack: ExitStack) -> Inventory | None:
+        """Opens the memory of this node, once its agent has written what it was given."""
         # The other ranks wait for this one as long as for a commit.
         deadline_s = self._config.timeouts.commit_s / 2
+        self._await_ends()
         over = self._over()
         if not over or not self._config.recovery.memory:
             with suppress(StorageError):
                 wait_for_agent(self._folder, deadline_s, _tell_waiting)
-            return
-        try:
-            flush, manifest = flush_job(self._folder, only=over, deadline_s=deadline_s, waiting=_tell_waiting)
-        except Exception as error:  # the run that is over must not keep this one from starting
-            logger.warning("what memory held of the last run is given up: %s", str(error).replace("\n  ", "; "))
-            return
-        if flush is not None and manifest is not None:
-            logger.info(
-                "RECOVERED from the memory of the last run: step %d and %d experts newer than storage are now %s",
-                manifest.step,
-                len(flush.experts),
-                manifest.tag,
-            )
+            return None
+        wait_for_agent(self._folder, deadline_s, _tell_waiting)
+        self._memory = stack.enter_context(open_memory(self._folder, over))
+        return self._memory.inventory if self._memory is not None else None
 
     def hold(self) -> None:
         """Maps the arenas, so that a load finds them even after `remove`; done by every rank, before any is removed."""
@@ -100,8 +133,85 @@ class Predecessor:
             self.held.close()
             self.held = None
 
+    def _await_ends(self) -> None:
+        """Waits for trainers of the last run that are just being killed: their memory is not over before they are."""
+        end = time.monotonic() + _ENDING_S
+        while time.monotonic() < end:
+            living = [path for path in find_arenas(self._folder) if path not in self._own and writer_pid(path)]
+            if not living:
+                return
+            time.sleep(_LOOK_S)
+        logger.warning("%s has a writer that lives: is the run before this one still there?", living[0].name)
+
     def _over(self) -> list[Path]:
         return [path for path in find_arenas(self._folder) if path not in self._own and writer_pid(path) is None]
+
+
+def _bring(comm: Comm, memory: JobMemory | None, store: Store, flush: Flush | None, save_id: str) -> None:
+    """Writes and commits what memory has that the directory lacks; collective."""
+    if flush is None:
+        return
+    counts = _Step(comm, "reading what experts have learnt").all(
+        lambda: tokens_of(memory, flush) if memory is not None and 0 in memory.ranks else None
+    )
+    if counts is None:
+        return
+    tokens = next(item for item in counts if item is not None)
+    written = _Step(comm, "writing what memory held").all(
+        lambda: write_parts(memory, store, flush, save_id, tokens) if memory is not None else None
+    )
+    if written is None:
+        return
+    step = _Step(comm, "committing what memory held").first(
+        lambda: commit(store, flush.tag, save_id, attempt=flush.attempt).step
+    )
+    if step is not None and comm.rank == 0:
+        logger.info(
+            "RECOVERED from the memory of the last run: step %d and %d experts newer than storage are now %s",
+            step,
+            len(flush.experts),
+            flush.tag,
+        )
+
+
+class _Step:
+    """Collective work that may fail without keeping the run from starting: all ranks then go on without it.
+
+    Args:
+        comm: all ranks.
+        what: name of the work, for messages.
+    """
+
+    def __init__(self, comm: Comm, what: str) -> None:
+        self._comm = comm
+        self._what = what
+
+    def all(self, work: Callable[[], T]) -> list[T | None] | None:
+        """Returns what `work` returned on every rank; None if it failed on any."""
+        replies = self._comm.exchange(self._what, lambda: _caught(work), wait="commit")
+        failed = [(rank, text) for rank, (_, text) in enumerate(replies) if text]
+        if failed:
+            self._tell(f"rank {failed[0][0]}: {failed[0][1]}")
+            return None
+        return [value for value, _ in replies]
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Returns what `work` returned on rank 0, the only one to do it; None if it failed."""
+        value, text = self._comm.from_first(self._what, lambda: _caught(work), wait="commit")
+        if text:
+            self._tell(text)
+        return value
+
+    def _tell(self, text: str) -> None:
+        if self._comm.rank == 0:
+            logger.warning("what memory held of the last run is given up: %s", text)
+
+
+def _caught(work: Callable[[], T]) -> tuple[T | None, str]:
+    try:
+        return work(), ""
+    except Exception as error:
+        return None, str(error).replace("\n  ", "; ") or type(error).__name__
 
 
 def _tell_waiting(ranks: list[int]) -> None:
