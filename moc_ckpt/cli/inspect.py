@@ -36,7 +36,7 @@ def inspect(
     with what_went_wrong(as_json):
         store = open_store(directory)
         manifest = load_manifest(store, choose_tag(store, tag))
-        tags = list_checkpoints(store)
+        tags = list_checkpoints(store, [manifest])
         if as_json:
             print_json(_as_data(manifest, tags, store.url))
         else:

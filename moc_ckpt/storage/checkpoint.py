@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -374,16 +375,21 @@ def list_tags(store: Store) -> list[str]:
     return [name for name in names if store.exists(manifest_key(name))]
 
 
-def list_checkpoints(store: Store) -> list[CheckpointSummary]:
+def list_checkpoints(store: Store, known: Iterable[Manifest] = ()) -> list[CheckpointSummary]:
     """Returns the committed checkpoints, the newest first (`Manifest.order`); those that cannot be read come last.
+
+    Args:
+        store: the checkpoint root.
+        known: manifests that were read just now, and are not read again.
 
     Raises:
         StorageError: if the store cannot be listed.
     """
     found = []
+    read = {manifest.tag: manifest for manifest in known}
     for tag in list_tags(store):
         try:
-            found.append(_summarize(load_manifest(store, tag)))
+            found.append(_summarize(read.get(tag) or load_manifest(store, tag)))
         except StorageError as exc:
             found.append(CheckpointSummary(tag, 0, 0, 0.0, "", 0, 0, 0, error=exc.what))
     return sorted(found, key=lambda item: item.order, reverse=True)
