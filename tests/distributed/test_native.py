@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from distributed import harness, zoo
+from distributed import harness, oracle, zoo
 from distributed._worker import seed_everything
 from distributed.harness import ON
 from distributed.pool import Pool
@@ -201,3 +201,152 @@ def test_damage_leaves_nothing_behind(source: str, ckpt_dir: str) -> None:
     status, text = refusal("export", str(ours), f"{ckpt_dir}/native", "--to", "deepspeed")
     assert status == 1 and "rank_00002.experts" in text
     assert [item.name for item in Path(ckpt_dir).iterdir()] == ["ours"]
+
+
+# From stage 2 on DeepSpeed gives all ranks rank 0's frozen experts, so only stage 1 has some here.
+IMPORTS = {
+    "z2_bf16": row_of(frozen=False, freeze=("odd", "blocks.0.norm")),
+    "z1_bf16": row_of("z1_bf16"),
+    "z2_fp32": row_of("z2_fp32", frozen=False),
+    "z2_fp16": row_of("z2_fp16", frozen=False),
+    "round_robin": row_of("z2_bf16_round_robin", frozen=False),
+    "aligned": row_of("z2_bf16_aligned", frozen=False),
+    "data_first": row_of("z2_bf16_data_first", frozen=False),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_we_go_on_from_deepspeeds_own(pool: Pool, ckpt_dir: str, name: str) -> None:
+    """As DeepSpeed does in the same world; and in another as DeepSpeed does from an export of the import."""
+    native, ours, again, ref = (f"{ckpt_dir}/{what}" for what in ("native", "ours", "again", "ref.pt"))
+    row = IMPORTS[name]
+    pool.run(4, case_save, row=row, path=native, plugin=None)
+    done = verb("import", native, ours)
+    assert (done["tag"], done["world"], done["expert_parallel"], done["experts"]) == ("t", 4, 2, 16)
+    assert done["underived"] == 0 and sorted(item.name for item in Path(ckpt_dir).iterdir()) == ["native", "ours"]
+    verb("verify", ours)
+    same_resume(pool, row, 4, ours, native, ref)
+    verb("export", ours, again, "--to", "deepspeed", "--world", "2", "--ep", "1")
+    same_resume(pool, row.with_model(layers=uniform(1)), 2, ours, again, ref)
+
+
+@pytest.fixture(scope="module")
+def deepspeeds(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One checkpoint of DeepSpeed's own: world 4, EP 2, ZeRO-2, bf16."""
+    path = str(tmp_path_factory.mktemp("deepspeeds") / "native")
+    pool.run(4, case_save, row=row_of(), path=path, plugin=None)
+    return path
+
+
+@pytest.fixture
+def native(deepspeeds: str, tmp_path: Path) -> Path:
+    """A copy of it to be spoilt, in a directory of its own."""
+    import shutil
+
+    return Path(shutil.copytree(deepspeeds, tmp_path / "native"))
+
+
+def change(path: Path, edit: Any) -> None:
+    """Rewrite one of DeepSpeed's files."""
+    import torch
+
+    data = torch.load(path, weights_only=False)
+    edit(data)
+    torch.save(data, path)
+
+
+MODEL = "mp_rank_00_model_states.pt"
+
+
+def test_objects_need_trust(native: Path, tmp_path: Path) -> None:
+    from fractions import Fraction
+
+    change(native / "t" / MODEL, lambda data: data.update(third=Fraction(1, 3)))
+    status, text = refusal("import", str(native), str(tmp_path / "ours"))
+    assert status == 2 and "fractions.Fraction" in text and "--trust" in text
+    verb("import", str(native), str(tmp_path / "ours"), "--trust")
+    status, text = refusal("export", str(tmp_path / "ours"), str(tmp_path / "again"), "--to", "deepspeed")
+    assert status == 2 and "fractions.Fraction" in text and "--trust" in text
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["native", "ours"]
+    verb("export", str(tmp_path / "ours"), str(tmp_path / "again"), "--to", "deepspeed", "--trust")
+    found: list[Any] = []
+    change(tmp_path / "again" / "t" / MODEL, lambda data: found.append(data["third"]))
+    assert found == [Fraction(1, 3)]
+
+
+def test_weights_that_are_no_casts_are_kept(native: Path, tmp_path: Path) -> None:
+    import torch
+
+    change(native / "t" / MODEL, lambda data: data["module"]["head.bias"].add_(1))
+    name = "blocks.1.moe.deepspeed_moe.experts.deepspeed_experts.5.up.bias"
+    change(native / "t" / "layer_1_expert_5_mp_rank_00_model_states.pt", lambda data: data[name].add_(1))
+    assert verb("import", str(native), str(tmp_path / "ours"))["underived"] == 2
+    verb("verify", str(tmp_path / "ours"))
+    verb("export", str(tmp_path / "ours"), str(tmp_path / "again"), "--to", "deepspeed")
+    for file in sorted(item.name for item in (native / "t").glob("*model_states.pt")):
+        one, other = (torch.load(top / "t" / file, weights_only=False) for top in (native, tmp_path / "again"))
+        one, other = one.get("module", one), other.get("module", other)
+        assert one.keys() == other.keys()
+        assert [name for name in one if not oracle.bits_equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "words"),
+    [
+        ("optimizer", 2, "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"),
+        ("expert", 2, "experts in its MoE layers, there are files of"),
+        ("truncated", 1, "cannot be read"),
+        ("mixed", 1, "not of one checkpoint"),
+        ("keys", 1, "do not fit together"),
+        ("stage3", 2, "ZeRO stage 3"),
+        ("elastic", 2, "elastic_checkpoint"),
+        ("unstepped", 2, "before the first step"),
+        ("ours", 2, "a checkpoint of moc_ckpt already"),
+        ("latest", 2, "no file `latest`"),
+        ("tag", 2, "there is no checkpoint 'other'"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused_by_name(
+    native: Path, tmp_path: Path, spoil: str, status: int, words: str
+) -> None:
+    tag = native / "t"
+    file = tag / "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    options = ["--tag", "other"] if spoil == "tag" else []
+    if spoil == "optimizer":
+        file.unlink()
+    elif spoil == "expert":
+        (tag / "layer_1_expert_5_mp_rank_00_model_states.pt").unlink()
+    elif spoil == "truncated":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif spoil == "mixed":
+        change(file, lambda data: data["optimizer_state_dict"]["group_paddings"].__setitem__(0, 7))
+    elif spoil == "keys":
+        change(tag / MODEL, lambda data: data["module"].pop("head.bias"))
+    elif spoil == "stage3":
+        (tag / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    elif spoil == "elastic":
+        change(file, lambda data: data["optimizer_state_dict"].update(base_optimizer_state=[]))
+    elif spoil == "unstepped":
+        change(file, lambda data: data["optimizer_state_dict"]["base_optimizer_state"]["state"].clear())
+    elif spoil == "ours":
+        (tag / "manifest.json").touch()
+    elif spoil == "latest":
+        (native / "latest").unlink()
+    found, text = refusal("import", str(native), str(tmp_path / "ours"), *options)
+    assert found == status and words in text, text
+    assert [item.name for item in tmp_path.iterdir()] == ["native"]
+
+
+def test_the_plugin_says_how_to_load_deepspeeds_own(deepspeeds: str) -> None:
+    status, text = refusal("inspect", deepspeeds, "t")
+    assert status == 2 and "moc-ckpt import" in text
+
+
+def test_a_model_without_experts_goes_both_ways(pool: Pool, ckpt_dir: str) -> None:
+    row = zoo.ROWS["z2_bf16"].with_model(layers=(), rank_buffers=False)
+    native, ours, again, ref = (f"{ckpt_dir}/{what}" for what in ("native", "ours", "again", "ref.pt"))
+    pool.run(2, case_save, row=row, path=native, plugin=None)
+    assert verb("import", native, ours)["experts"] == 0
+    same_resume(pool, row, 2, ours, native, ref)
+    assert verb("export", ours, again, "--to", "deepspeed", "--world", "4")["expert_parallel"] == 1
+    same_resume(pool, row, 4, ours, again, ref)
