@@ -86,7 +86,8 @@ def export_native(
 ) -> ExportedNative:
     """Writes a checkpoint as DeepSpeed's own, for ZeRO stage 1 or 2.
 
-    Memory: one rank's optimizer file or the dense weights, whichever is larger, and one of its tensors twice.
+    Memory: one rank's optimizer file or the dense weights, whichever is larger, and what is read at once: 64 MiB, or
+    one tensor.
 
     Args:
         store: the checkpoint root.
@@ -208,13 +209,9 @@ class _Writer:
                 yield write_file(folder / expert_file(layer.ordinal, expert), dict(self._weights(names)))
         yield write_file(folder / MODEL_FILE, {**self._model(), **client_state})
         bf16 = self._manifest.topology.precision == "bfloat16"
+        # Nothing of one file is kept while the next is made.
         for rank in range(self._plan.parallel.world):
-            data = {
-                "optimizer_state_dict": self._optimizer(rank),
-                "ds_config": self._config,
-                "ds_version": self._version,
-            }
-            yield write_file(folder / optimizer_file(rank, bf16=bf16), data)
+            yield write_file(folder / optimizer_file(rank, bf16=bf16), self._optimizer_data(rank))
 
     def _read(self, needs: Sequence[Fragment]) -> list[torch.Tensor]:
         units = [self._units.unit_of(need.fqn) for need in needs]
@@ -284,6 +281,10 @@ class _Writer:
 
     # ---- the optimizer ----
 
+    def _optimizer_data(self, rank: int) -> dict[str, Any]:
+        state = self._optimizer(rank)
+        return {"optimizer_state_dict": state, "ds_config": self._config, "ds_version": self._version}
+
     def _optimizer(self, rank: int) -> dict[str, Any]:
         from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -327,15 +328,24 @@ class _Writer:
         """Returns a rank's partition of one kind of state; padding is zeros, as in training."""
         plan = self._plan
         whole = torch.zeros(flat.size, dtype=getattr(torch, dtype))
-        intervals = flat.intervals(plan.numels)
-        needs = []
-        for member, start, stop, _ in intervals:
+        batch: list[tuple[int, Fragment]] = []
+        room = _BATCH
+        for member, start, stop, at in flat.intervals(plan.numels):
             spec = plan.specs[member]
-            needs.append(Fragment(spec.fqn, kind, dtype, spec.shape, start, stop))
-        for (_, start, stop, at), value in zip(intervals, self._read(needs), strict=True):
-            whole[at : at + stop - start] = value
-            self._advance((stop - start) * itemsize(dtype))
+            need = Fragment(spec.fqn, kind, dtype, spec.shape, start, stop)
+            if batch and need.nbytes > room:
+                self._fill(whole, batch)
+                batch, room = [], _BATCH
+            batch.append((at, need))
+            room -= need.nbytes
+        self._fill(whole, batch)
         return whole
+
+    def _fill(self, whole: torch.Tensor, batch: Sequence[tuple[int, Fragment]]) -> None:
+        values = self._read([need for _, need in batch])
+        for (at, need), value in zip(batch, values, strict=True):
+            whole[at : at + need.numel] = value
+            self._advance(need.nbytes)
 
     def _slices(self, flat: FlatGroup) -> OrderedDict[str, Any]:
         from deepspeed.utils.tensor_fragment import fragment_address
