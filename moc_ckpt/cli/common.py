@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, MocError, UnsupportedError
+from moc_ckpt.errors import CheckpointNotFoundError, ClientStateError, ConfigError, MocError, UnsupportedError
 from moc_ckpt.storage.checkpoint import latest_tag, list_checkpoints
 from moc_ckpt.storage.store import Store
 
@@ -24,7 +26,9 @@ __all__ = [
     "Directory",
     "Tag",
     "age",
+    "bytes_progress",
     "choose_tag",
+    "integration",
     "print_json",
     "size",
     "stderr",
@@ -78,8 +82,44 @@ def what_went_wrong(as_json: bool) -> Iterator[None]:
             console.print(Text.assemble(("  where:      ", "bold"), error.where), soft_wrap=True)
         if error.fix:
             console.print(Text.assemble(("  what to do: ", "bold"), error.fix), soft_wrap=True)
-        wrong_use = isinstance(error, (CheckpointNotFoundError, ConfigError, UnsupportedError))
+        wrong_use = isinstance(error, (CheckpointNotFoundError, ClientStateError, ConfigError, UnsupportedError))
         raise typer.Exit(WRONG_USE if wrong_use else PROBLEM) from None
+
+
+@contextmanager
+def bytes_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many bytes of how many are done; yields what is to be called with both."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def integration(module: str) -> Any:
+    """Returns a module of the integrations, which need torch: the other verbs run without.
+
+    Args:
+        module: its name below `moc_ckpt.integrations`.
+
+    Raises:
+        ConfigError: if torch is not installed.
+    """
+    try:
+        return importlib.import_module(f"moc_ckpt.integrations.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("moc_ckpt"):
+            raise
+        raise ConfigError(
+            f"this needs {error.name}, which is not installed",
+            where="the Python environment of moc-ckpt",
+            fix="install torch and deepspeed beside moc_ckpt, or run it where training runs",
+        ) from error
 
 
 def choose_tag(store: Store, tag: str | None) -> str:

@@ -1,18 +1,25 @@
-"""`moc-ckpt export`: one checkpoint as a directory of its own, or its weights for other programs."""
+"""`moc-ckpt export`: one checkpoint as a directory of its own, or for other programs: DeepSpeed's files, or weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
-from moc_ckpt.cli.common import AsJson, Directory, choose_tag, print_json, size, stderr, stdout, what_went_wrong
+from moc_ckpt.cli.common import (
+    AsJson,
+    Directory,
+    bytes_progress,
+    choose_tag,
+    integration,
+    print_json,
+    size,
+    stdout,
+    what_went_wrong,
+)
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.storage.export import Exported, export_checkpoint
 from moc_ckpt.storage.store import open_store
@@ -29,6 +36,7 @@ class Target(str, Enum):
 
     MOC = "moc"
     SAFETENSORS = "safetensors"
+    DEEPSPEED = "deepspeed"
 
 
 def export(
@@ -37,7 +45,9 @@ def export(
     to: Annotated[
         Target,
         typer.Option(
-            "--to", help="moc: a checkpoint that needs no older one; safetensors: the weights, as whole tensors."
+            "--to",
+            help="moc: a checkpoint that needs no older one; safetensors: the weights, as whole tensors; "
+            "deepspeed: what DeepSpeed's own load_checkpoint reads (ZeRO stage 1 or 2).",
         ),
     ],
     tag: Annotated[
@@ -51,43 +61,50 @@ def export(
         str | None,
         typer.Option("--shard-size", metavar="SIZE", help=f"safetensors: bytes in one file at most [{_SHARD_SIZE}]."),
     ] = None,
+    world: Annotated[
+        int | None,
+        typer.Option("--world", metavar="N", help="deepspeed: ranks that will load it; without it as many as saved."),
+    ] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option("--ep", metavar="N", help="deepspeed: their expert-parallel size; without it as saved."),
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="deepspeed: unpickle client_state even if that may run code from the checkpoint."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write one checkpoint elsewhere: whole, without the older tags that it refers to, or its weights only.
+    """Write one checkpoint elsewhere: whole, without the older tags that it refers to, as DeepSpeed's, or its weights.
 
     Everything that is read is compared with its checksum. What is written becomes visible at the end.
     """
     with what_went_wrong(as_json):
-        if to is Target.MOC and (dtype is not None or shard_size is not None):
+        if to is not Target.SAFETENSORS and (dtype is not None or shard_size is not None):
             raise ConfigError("--dtype and --shard-size are for --to safetensors", fix="leave them out")
+        if to is not Target.DEEPSPEED and (world is not None or ep is not None or trust):
+            raise ConfigError("--world, --ep and --trust are for --to deepspeed", fix="leave them out")
         full = parse_dtype(dtype) if dtype is not None else None
         shard_bytes = parse_size(shard_size or _SHARD_SIZE)
         store = open_store(directory)
         tag = choose_tag(store, tag)
-        done: Exported | ExportedWeights
-        with _progress() as advance:
+        done: Any
+        with bytes_progress("exporting") as advance:
             if to is Target.MOC:
                 done = export_checkpoint(store, tag, out, advance)
+            elif to is Target.DEEPSPEED:
+                native = integration("deepspeed.native_export")
+                done = native.export_native(
+                    store, tag, out, world=world, expert_parallel=ep, trust=trust, progress=advance
+                )
             else:
                 done = export_weights(store, tag, out, dtype=full, shard_bytes=shard_bytes, progress=advance)
     if isinstance(done, Exported):
         _show_checkpoint(done, as_json)
+    elif to is Target.DEEPSPEED:
+        _show_native(done, as_json)
     else:
         _show_weights(done, as_json)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("exporting"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr(), transient=True) as bar:
-        task = bar.add_task("exporting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show_checkpoint(done: Exported, as_json: bool) -> None:
@@ -143,6 +160,43 @@ def _show_weights(done: ExportedWeights, as_json: bool) -> None:
         shown = ", ".join(done.overflowed[:4]) + (", …" if len(done.overflowed) > 4 else "")
         told = (
             f"{len(done.overflowed)} tensors have values that {done.dtype} cannot hold: {shown}; try --dtype bfloat16"
+        )
+        table.add_row("warning", Text(told, style="bold yellow"))
+    stdout().print(table)
+
+
+def _show_native(done: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "to": Target.DEEPSPEED.value,
+                "directory": str(done.path),
+                "tag": done.tag,
+                "step": done.step,
+                "world": done.world,
+                "expert_parallel": done.expert_parallel,
+                "zero_stage": done.zero_stage,
+                "files": done.files,
+                "bytes": done.nbytes,
+                "older_experts": done.older_experts,
+                "rank_buffers": done.rank_buffers,
+            }
+        )
+        return
+    table = _table()
+    table.add_row("checkpoint", Text(f"{done.tag} (step {done.step:,}) in {done.path}"))
+    table.add_row("for", f"{done.world} ranks, EP {done.expert_parallel}, ZeRO-{done.zero_stage}")
+    table.add_row("files", f"{done.files:,}, {size(done.nbytes)}")
+    if done.older_experts:
+        told = (
+            f"{done.older_experts:,} experts are from older steps, as the checkpoint has them: DeepSpeed goes on from "
+            "them without a word"
+        )
+        table.add_row("warning", Text(told, style="bold yellow"))
+    if done.rank_buffers:
+        told = (
+            f"{done.rank_buffers:,} buffers differed between ranks; DeepSpeed's files hold one value of each, that of "
+            "the first rank"
         )
         table.add_row("warning", Text(told, style="bold yellow"))
     stdout().print(table)

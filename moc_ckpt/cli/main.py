@@ -10,6 +10,7 @@ from moc_ckpt._version import __version__
 from moc_ckpt.cli.agent import agent
 from moc_ckpt.cli.export import export
 from moc_ckpt.cli.gc import gc
+from moc_ckpt.cli.import_native import import_checkpoint
 from moc_ckpt.cli.inspect import inspect
 from moc_ckpt.cli.plan import PlanCommand, plan
 from moc_ckpt.cli.recover import recover
@@ -33,6 +34,7 @@ app.command()(verify)
 app.command(cls=PlanCommand)(plan)
 app.command()(gc)
 app.command()(export)
+app.command("import")(import_checkpoint)
 # Options behind the command's name are the command's.
 app.command(context_settings={"allow_interspersed_args": False})(run)
 app.add_typer(agent)

@@ -22,6 +22,7 @@ from moc_ckpt.plan.topology import ParallelLayout
 from moc_ckpt.plan.zero_spec import (
     ADAM,
     MAX_GROUP_SIZE,
+    FlatGroup,
     Kinds,
     TensorSpec,
     ZeroSettings,
@@ -33,12 +34,14 @@ from moc_ckpt.state.fragment import WEIGHT, itemsize
 __all__ = [
     "ADAM",
     "MAX_GROUP_SIZE",
+    "FlatGroup",
     "Kinds",
     "LayoutBytes",
     "Owned",
     "ReplicatedBytes",
     "TensorSpec",
     "ZeroSettings",
+    "flat_groups",
     "owned_bytes",
     "owned_intervals",
     "split_expert_groups",
@@ -199,6 +202,35 @@ def owned_intervals(
         if count and (settings.save_weights or not state[row]):
             ranks = everyone[:1] if spec.is_buffer else everyone
             found.append(Owned(spec.fqn, WEIGHT, spec.dtype, 0, count, ranks))
+    return found
+
+
+def flat_groups(
+    tensors: Sequence[TensorSpec],
+    experts_per_layer: Sequence[int],
+    expert_parallel_per_layer: Sequence[int],
+    parallel: ParallelLayout,
+    settings: ZeroSettings,
+    rank: int,
+) -> list[FlatGroup]:
+    """Returns the flattened param groups of one rank, by ascending group; arguments and errors as `owned_intervals`."""
+    table = _read(tensors, experts_per_layer, expert_parallel_per_layer, parallel, settings)
+    here, replica = np.zeros(len(tensors), dtype=np.int64), np.full(len(tensors), rank, dtype=np.int64)
+    for ep in sorted(set(expert_parallel_per_layer)):
+        here[table.ep == ep], replica[table.ep == ep] = (
+            parallel.expert_position(ep, rank),
+            parallel.replica_index(ep, rank),
+        )
+    chosen = (table.position == here) & _members(table, settings)
+    replica, table = replica[chosen], table.take(chosen)
+    offset, size = _flat_places(table, settings)
+    found = []
+    for group in np.unique(table.group).tolist():
+        rows = np.flatnonzero(table.group == group)
+        rows = rows[np.argsort(offset[rows], kind="stable")]
+        members = tuple(zip(table.index[rows].tolist(), offset[rows].tolist(), strict=True))
+        first = int(rows[0])
+        found.append(FlatGroup(group, int(size[first]), int(table.degree[first]), int(replica[first]), members))
     return found
 
 

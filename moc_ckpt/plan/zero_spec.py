@@ -16,7 +16,16 @@ from typing import Any
 from moc_ckpt.errors import ConfigError, UnsupportedError
 from moc_ckpt.state.fragment import EXP_AVG, EXP_AVG_SQ, MASTER, itemsize
 
-__all__ = ["ADAM", "MAX_GROUP_SIZE", "Kinds", "TensorSpec", "ZeroSettings", "dtype_bytes", "split_expert_groups"]
+__all__ = [
+    "ADAM",
+    "MAX_GROUP_SIZE",
+    "FlatGroup",
+    "Kinds",
+    "TensorSpec",
+    "ZeroSettings",
+    "dtype_bytes",
+    "split_expert_groups",
+]
 
 Kinds = tuple[tuple[str, str], ...]
 """Kinds of optimizer state, each with its dtype."""
@@ -128,6 +137,50 @@ class ZeroSettings:
             kinds=_adam_kinds(config, bf16) if kinds is None else kinds,
             save_weights=_section(config, "moc_checkpoint").get("save_weights") == "sharded",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FlatGroup:
+    """One param group as one rank has it: a flat tensor, of which the ranks that share it own equal partitions.
+
+    Attributes:
+        group: the param group.
+        size: elements of one partition.
+        count: number of partitions.
+        index: the partition that the rank owns.
+        members: (position of a tensor in the sequence that was given, its first element in the flat tensor), ascending.
+    """
+
+    group: int
+    size: int
+    count: int
+    index: int
+    members: tuple[tuple[int, int], ...]
+
+    def intervals(self, numels: Sequence[int]) -> list[tuple[int, int, int, int]]:
+        """Returns what the rank owns: (member, first element, one past the last, where it begins in the partition).
+
+        Args:
+            numels: elements of every tensor in the sequence that was given.
+        """
+        low, high = self.index * self.size, (self.index + 1) * self.size
+        found = []
+        for member, offset in self.members:
+            start, stop = max(low, offset), min(high, offset + numels[member])
+            if start < stop:
+                found.append((member, start - offset, stop - offset, start - low))
+        return found
+
+    def padding(self, numels: Sequence[int]) -> int:
+        """Returns the elements at the end of the rank's partition that belong to no tensor."""
+        member, offset = self.members[-1]
+        return min(max((self.index + 1) * self.size - offset - numels[member], 0), self.size)
+
+    def gaps(self, numels: Sequence[int]) -> list[int]:
+        """Returns the elements of alignment behind each member; there are none behind the last."""
+        ends = [offset + numels[member] for member, offset in self.members]
+        starts = [offset for _, offset in self.members[1:]]
+        return [start - end for end, start in zip(ends, starts, strict=False)] + [0]
 
 
 def split_expert_groups(

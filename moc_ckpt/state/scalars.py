@@ -17,12 +17,14 @@ from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.plain import encode_plain
 
 __all__ = [
+    "LAYOUT_KEYS",
     "CapturedScalars",
     "ScalarReader",
     "ScalarRecord",
     "apply_scalars",
     "collect_scalars",
     "index_scalars",
+    "join_scalars",
 ]
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ ScalarRecord = dict[str, Any]
 """`{"fqns": [...], "options": {...}, "scalars": {...}}`, plain data."""
 
 # What names the group, or picks an implementation, belongs to the run that loads, not to the training.
-_LAYOUT_KEYS = frozenset({"params", "name", "moe", "foreach", "fused", "capturable", "differentiable"})
+LAYOUT_KEYS = frozenset({"params", "name", "moe", "foreach", "fused", "capturable", "differentiable"})
+"""Options of a param group that no record has."""
 
 
 class CapturedScalars(NamedTuple):
@@ -75,7 +78,7 @@ class ScalarReader:
         ]
         options = {
             group: {
-                name: _copied(value) for name, value in self._groups[group].options.items() if name not in _LAYOUT_KEYS
+                name: _copied(value) for name, value in self._groups[group].options.items() if name not in LAYOUT_KEYS
             }
             for group in {group for group, _, _ in self._sets}
         }
@@ -116,6 +119,26 @@ def collect_scalars(catalog: Catalog, state_of: Callable[[torch.Tensor], Mapping
 def index_scalars(records: Iterable[ScalarRecord]) -> dict[str, ScalarRecord]:
     """Returns the record of each parameter name."""
     return {fqn: record for record in records for fqn in record["fqns"]}
+
+
+def join_scalars(records: Iterable[ScalarRecord]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options and the scalars of parameters that share one flat partition.
+
+    Args:
+        records: those of all of the parameters; at least one.
+
+    Raises:
+        ModelMismatchError: if they differ in more than the step count.
+    """
+    distinct: list[ScalarRecord] = []
+    for record in records:
+        if all(record is not other for other in distinct):
+            distinct.append(record)
+    options, scalars = (
+        {name: _latest(name, [record[part].get(name) for record in distinct]) for name in distinct[0][part]}
+        for part in ("options", "scalars")
+    )
+    return options, scalars
 
 
 def apply_scalars(

@@ -447,9 +447,10 @@ def _explain_missing(store: Store, tag: str) -> NoReturn:
     keys = store.list(tag)
     if any(_NATIVE.search(key) for key in keys):
         raise UnsupportedError(
-            f"checkpoint {tag!r} was written by DeepSpeed itself; this package does not read that format yet",
+            f"checkpoint {tag!r} was written by DeepSpeed itself",
             where=store.locate(tag),
-            fix="load it with the plugin switched off (moc_checkpoint.enabled: false), then save with it switched on",
+            fix="make one of this package out of it (`moc-ckpt import`) and load that; or load it with the plugin "
+            "switched off (moc_checkpoint.enabled: false), then save with it switched on",
         )
     tags = list_tags(store)
     there = f"there are: {', '.join(tags)}" if tags else "there is no checkpoint in this directory"

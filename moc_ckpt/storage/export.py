@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from moc_ckpt.errors import ConfigError, CorruptionError, CoverageError, StorageError
+from moc_ckpt.errors import ConfigError, CorruptionError, CoverageError, StorageError, UnsupportedError
 from moc_ckpt.plan.coverage import coverage_problems, expert_problems
 from moc_ckpt.state.fragment import itemsize
 from moc_ckpt.state.unit import parse_expert_unit
@@ -32,6 +32,7 @@ from moc_ckpt.storage.checkpoint import (
     save_prefix,
     write_extra,
 )
+from moc_ckpt.storage.local import fsync_dir, raise_storage_error, temporary_name
 from moc_ckpt.storage.manifest import FragmentRow, FragmentTable, Manifest, PackRecord, encode_manifest
 from moc_ckpt.storage.pack_layout import ALIGNMENT, plan_pack
 from moc_ckpt.storage.pack_read import PackReader
@@ -48,6 +49,7 @@ __all__ = [
     "export_checkpoint",
     "fragment_bytes",
     "new_directory",
+    "staged_directory",
 ]
 
 Progress = Callable[[int, int], None]
@@ -173,6 +175,48 @@ def new_directory(url: str, source: Store, need_bytes: int) -> Iterator[Store]:
     except BaseException:
         with suppress(StorageError, OSError):
             _clear(out, path, there=there)
+        raise
+
+
+@contextmanager
+def staged_directory(url: str, source: Store, need_bytes: int) -> Iterator[Path]:
+    """Makes a local directory under a hidden name beside its own, which it gets at the end; should that fail, it goes.
+
+    Args:
+        url: path of the directory; must not exist or be empty.
+        source: the directory that is read, which must be elsewhere.
+        need_bytes: bytes that are going to be written.
+
+    Yields:
+        The directory under its hidden name; files in it must be durable at the end.
+
+    Raises:
+        UnsupportedError: if it is no local directory.
+        ConfigError: if there is something already, or it lies in the source.
+        StorageError: if there is not enough room or it cannot be written.
+    """
+    path = open_store(url).local_path
+    if path is None:
+        raise UnsupportedError("this cannot be written to an object store", where=url, fix="name a directory")
+    _check_place(path, source, need_bytes)
+    # A link to an empty directory stays one.
+    path = path.resolve()
+    hidden = temporary_name(path)
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as exc:
+        raise_storage_error(exc, "making the directory", hidden, need_bytes)
+    try:
+        try:
+            yield hidden
+            for item in (hidden, *(item for item in hidden.rglob("*") if item.is_dir())):
+                fsync_dir(item)
+            hidden.replace(path)
+            fsync_dir(path.parent)
+        except OSError as exc:
+            raise_storage_error(exc, "writing the directory", path, need_bytes)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
         raise
 
 

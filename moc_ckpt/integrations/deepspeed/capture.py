@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
+from moc_ckpt.integrations.deepspeed.native_record import NATIVE, describe
 from moc_ckpt.integrations.deepspeed.rng import capture_rng
 from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.snapshot.sources import UnitSource
@@ -62,6 +63,7 @@ class StateReader:
         self._view = view
         self._engine = view.engine
         self._scalars = ScalarReader(catalog, view.state_of)
+        self._native = describe(view)
         self._weights = {item.fqn: item.tensor for item in catalog.weights} | {
             shard.fqn: shard.param for shard in catalog.shards
         }
@@ -115,7 +117,12 @@ class StateReader:
         Raises:
             NotPlainError: if a scheduler has state that is not plain data.
         """
-        state = {"engine": capture_engine(self._engine), "underived": sorted(underived), "excluded_frozen": False}
+        state = {
+            "engine": capture_engine(self._engine),
+            "underived": sorted(underived),
+            "excluded_frozen": False,
+            NATIVE: self._native,
+        }
         captured = Captured(
             rng=capture_rng(),
             scalars=self._scalars.capture(),

@@ -7,7 +7,14 @@ from typing import Any
 
 from moc_ckpt.errors import ModelMismatchError
 
-__all__ = ["capture_engine", "check_schedulers", "restore_counters", "restore_loss_scaler", "restore_schedulers"]
+__all__ = [
+    "capture_engine",
+    "check_schedulers",
+    "restore_counters",
+    "restore_loss_scaler",
+    "restore_schedulers",
+    "scaler_numbers",
+]
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 # Names under which DeepSpeed's 16-bit optimizers keep their scaling state, over its versions.
@@ -43,6 +50,11 @@ def capture_engine(engine: Any) -> dict[str, Any]:
     if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
         state["data_sampler"] = engine.training_dataloader.data_sampler.state_dict()
     return state
+
+
+def scaler_numbers(scaler: Any) -> dict[str, Any]:
+    """Returns the numbers of a loss scaler, as `capture_engine` has them."""
+    return {name: _number(getattr(scaler, name)) for name in _SCALER_FIELDS if _has_number(scaler, name)}
 
 
 def restore_counters(engine: Any, state: dict[str, Any]) -> None:

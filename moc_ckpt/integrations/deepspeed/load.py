@@ -38,7 +38,7 @@ from moc_ckpt.storage.store import Store
 if TYPE_CHECKING:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-__all__ = ["Damaged", "InMemory", "LoadRequest", "Sources", "read", "take_over"]
+__all__ = ["Damaged", "InMemory", "LoadRequest", "Sources", "read", "stored_scalars", "take_over"]
 
 _FIX = "load an older tag, or restore the file from a copy"
 
@@ -211,7 +211,7 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
         surgery=surgery,
         excluded_frozen=state["excluded_frozen"],
     )
-    records = index_scalars(_scalars(state)) if with_optimizer else {}
+    records = index_scalars(stored_scalars(state)) if with_optimizer else {}
     apply_scalars(catalog, records, moc.view.state_of, check_only=True)
     if not request.module_only:
         check_schedulers(moc.engine, state["engine"], lr=request.lr_scheduler_states)
@@ -257,7 +257,7 @@ def _prepare(moc: MocCheckpoint, store: Store, manifest: Manifest, request: Load
     )
 
 
-def _scalars(state: Mapping[str, Any]) -> list[ScalarRecord]:
+def stored_scalars(state: Mapping[str, Any]) -> list[ScalarRecord]:
     """Returns the optimizer's records: encoded once per rank, or (format version 1) as they are."""
     found: list[ScalarRecord] = []
     for item in state["optimizer"]:

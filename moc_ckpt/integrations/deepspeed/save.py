@@ -12,6 +12,7 @@ import torch
 from moc_ckpt.errors import ConfigError, CoverageError
 from moc_ckpt.integrations.deepspeed.client_state import encode_client_state
 from moc_ckpt.integrations.deepspeed.engine_state import capture_engine
+from moc_ckpt.integrations.deepspeed.native_record import NATIVE, describe
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, digest_rng
 from moc_ckpt.integrations.deepspeed.view import replicated_items
 from moc_ckpt.persist.writer import SaveId, build_part, write_prepared
@@ -198,6 +199,7 @@ def _prepare(moc: MocCheckpoint, request: SaveRequest, stored_weights: frozenset
         "engine": capture_engine(moc.engine),
         "underived": sorted(moc.underived),
         "excluded_frozen": request.exclude_frozen,
+        NATIVE: describe(moc.view),
     }
     prepared.state = encode_plain(state, "state")
     if moc.comm.rank == 0:
