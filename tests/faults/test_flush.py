@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -139,7 +140,8 @@ def test_memory_outlives_the_trainers(victims: Pool, pool: Pool, tmp_path: Path,
 def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     """Just starts the run again, as torchrun does."""
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
-    engine = build(ctx, ROW, None, seed=3, **section(diary.path, recovery={"memory": use}))
+    with warnings_of("moc_ckpt") as said:
+        engine = build(ctx, ROW, None, seed=3, **section(diary.path, recovery={"memory": use}))
     with counted_reads() as read:
         wrong = diary.load(engine)
     found = engine.global_steps
@@ -151,7 +153,7 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     other = build(ctx, ROW, None, seed=4, save_mode="durable")
     for tag in tags(diary.path):
         wrong += diary.load(other, tag)
-    return {"wrong": wrong, "found": found, "tags": tags(diary.path), "read": sum(read)}
+    return {"wrong": wrong, "found": found, "tags": tags(diary.path), "read": sum(read), "said": said}
 
 
 def case_nodes_killed(ctx: Any, path: str) -> None:
@@ -183,11 +185,28 @@ def test_nodes_bring_their_memory_together(victims: Pool, tmp_path: Path, how: s
     answers = victims.run(WORLD, case_nodes_restart, path=str(tmp_path), moved=how == "moved", fresh_after=True)
     for answer in answers:
         assert answer["wrong"] == []
-        assert answer["found"] == (4 if how == "one lost" else LAST)
+        assert answer["found"] == (4 if how == "one lost" else LAST), answer["said"]
         if how == "same":
             # Buffers that all ranks have are saved by one, which is another node for the others.
             assert answer["read"] < 1000
     assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """Collects what a logger warns of."""
+    said: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    collector = Collector(logging.WARNING)
+    logging.getLogger(name).addHandler(collector)
+    try:
+        yield said
+    finally:
+        logging.getLogger(name).removeHandler(collector)
 
 
 @contextmanager
@@ -221,7 +240,7 @@ def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, how: st
     world = 4 if how == "other world" else WORLD
     for answer in victims.run(world, case_restart, path=str(tmp_path), use=how != "storage"):
         assert answer["wrong"] == []
-        assert answer["found"] == (4 if how == "storage" else LAST)
+        assert answer["found"] == (4 if how == "storage" else LAST), answer["said"]
         if how in ("memory", "other world"):
             assert answer["read"] == 0
         else:

@@ -92,22 +92,25 @@ class Host:
         self._windows: dict[tuple[int, ...], int] = {}
         self._world = comm.world
         self._folder = comm.agree("making the job's directory", lambda: job_dir(job, create=True), wait="rendezvous")
-        self.predecessor = self._look_back(first=local_rank == 0)
-        need = comm.agree("sizing the arena", self._need)
-        # K is the same on all ranks, so the one with the least memory decides.
-        self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
-        self.keep_committed = need.keep_committed
-        if config.host.keep_committed and not need.keep_committed:
-            logger.warning("rank %d has no memory for what the last commit holds (host.keep_committed)", comm.rank)
-        self._make_room(need, node)
+        self.predecessor = Predecessor(self._folder, config, _own)
+        self.predecessor.start(comm, first=local_rank == 0)
         try:
+            need = comm.agree("sizing the arena", self._need)
+            # K is the same on all ranks, so the one with the least memory decides.
+            self.max_k = min(comm.exchange("agreeing on K", lambda: self.max_k))
+            self.keep_committed = need.keep_committed
+            if config.host.keep_committed and not need.keep_committed:
+                logger.warning("rank %d has no memory for what the last commit holds (host.keep_committed)", comm.rank)
+            self.predecessor.make_room(comm, node, need.total)
             self._connect(moc, need, local_rank)
+            self.predecessor.finish(comm)
         except BaseException:
             self._give_up()
             raise
 
     def _give_up(self) -> None:
         """Removes what a failed start has made: nobody else will ever look for it."""
+        self.predecessor.abandon()
         for part in (getattr(self, "votes", None), getattr(self, "stager", None)):
             if part is not None:
                 part.close()
@@ -216,34 +219,6 @@ class Host:
         unregister(torch.from_numpy(arena.array[: arena.spec.reserved]))
         arena.close()
         _own.discard(arena.path)
-
-    def _look_back(self, *, first: bool) -> Predecessor:
-        """Takes care of what earlier runs of this job left in memory; collective."""
-        found = Predecessor(self._folder, self._config, _own)
-        nothing: Callable[[], None] = lambda: None  # noqa: E731
-        found.rescue(self._comm, first=first)
-        self._comm.agree("mapping the memory of earlier runs", found.hold, wait="commit")
-        self._comm.agree("clearing up after earlier runs", found.remove if first else nothing, wait="commit")
-        return found
-
-    def _make_room(self, need: ArenaNeed, node: str) -> None:
-        """Lets go of the last run's memory where the new arenas do not fit beside it; collective."""
-
-        def mine() -> tuple[str, int, bool]:
-            return node, need.total, self.predecessor.held is not None
-
-        replies = self._comm.exchange("agreeing on room", mine)
-        if not any(held for _, _, held in replies):
-            return
-
-        def decide() -> None:
-            if not self.predecessor.leaves_room(sum(nbytes for name, nbytes, _ in replies if name == node)):
-                if self._rank == 0:
-                    logger.info("no room for new arenas beside the last run's: a load reads from storage")
-                self.predecessor.let_go()
-
-        # Nobody makes an arena before all of a node have decided, and let go.
-        self._comm.agree("making room", decide)
 
     def _need(self) -> ArenaNeed:
         """Sizes the arena; with K `auto` it is as large as the budget, or else shared memory, allows."""

@@ -104,7 +104,7 @@ class InMemory:
     """A checkpoint that was read: what this rank is going to restore, in host memory, checked."""
 
     prepared: _Prepared
-    values: Sequence[torch.Tensor]
+    values: list[torch.Tensor]
     digests: Sequence[Mapping[str, str]]
     nbytes: Sources
 

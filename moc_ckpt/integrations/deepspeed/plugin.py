@@ -265,7 +265,10 @@ class MocCheckpoint:
             return None, None
         store, manifest, experts = found.store, found.manifest, found.memory.experts
         take_over(self, manifest, found.memory, request)
+        found.memory.values.clear()
         if self.pipeline is not None:
+            # What it took may be needed for a larger arena.
+            self.pipeline.host.predecessor.let_go()
             self.pipeline.reset(experts.history if experts is not None and request.continues else None)
         self.engine.loaded_checkpoint_dp_world_size = manifest.topology.world
         self.engine.loaded_checkpoint_mp_world_size = 1
@@ -276,8 +279,6 @@ class MocCheckpoint:
                 self.pipeline.make_room()
         seconds = time.perf_counter() - begin
         self.report.recovered(found, self.comm.world, seconds, goes_on=request.continues)
-        if self.pipeline is not None:
-            self.pipeline.host.predecessor.let_go()
         return store.locate(manifest.tag), found.memory.client_state
 
     def held_memory(self, store: Store) -> HeldMemory | None:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +37,7 @@ _LOOK_S = 0.1
 
 
 class Predecessor:
-    """The memory of the runs before this one, on one node. But for `rescue` what it does is not collective.
+    """The memory of the runs before this one, on one node. Not thread-safe.
 
     Args:
         folder: the job's directory in shared memory.
@@ -53,34 +54,95 @@ class Predecessor:
         self._own = own
         self.held: HeldMemory | None = None
         self._memory: JobMemory | None = None
+        self._pending: _Pending | None = None
+        self._first = False
 
-    def rescue(self, comm: Comm, *, first: bool) -> None:
-        """Brings what memory has newer than storage there; collective. What goes wrong is said, and keeps nobody.
+    def start(self, comm: Comm, *, first: bool) -> None:
+        """Begins to bring what memory has newer than storage there; collective.
 
-        Every node writes what its own ranks left, and the first rank commits once all have.
+        What goes wrong is said, and keeps no run from starting. Every node writes what its own ranks left, in the
+        background, while the run goes on with its start.
 
         Args:
             comm: all ranks of the new run, which need be neither as many nor at the same places as those of the last.
             first: this rank acts for its node.
         """
+        self._first = first
         with ExitStack() as stack:
             found = _Step(comm, "looking at the memory of earlier runs").all(
                 lambda: self._look(stack) if first else None
             )
             memory, self._memory = self._memory, None
-            if found is None:
-                return
-            joined = join(item for item in found if item is not None)
-            if joined is None or joined.url is None:
-                return
-            store = open_store(joined.url)
-            if memory is not None and memory.run != joined.run:
-                memory = None
-            planned = _Step(comm, "planning what memory brings to storage").first(
-                lambda: (plan_flush(joined, store), new_save_id())
-            )
-            if planned is not None:
-                _bring(comm, memory, store, *planned)
+            joined = join(item for item in found if item is not None) if found is not None else None
+            if joined is not None and joined.url is not None:
+                store = open_store(joined.url)
+                if memory is not None and memory.run != joined.run:
+                    memory = None
+                planned = _Step(comm, "planning what memory brings to storage").first(
+                    lambda: (plan_flush(joined, store), new_save_id())
+                )
+                if planned is not None and planned[0] is not None:
+                    self._pending = _begin(comm, memory, store, planned[0], planned[1], stack.pop_all())
+        self._hold(comm)
+        if self._pending is None:
+            self._remove(comm)
+
+    def finish(self, comm: Comm) -> None:
+        """Commits what `start` began to write, and removes the files of runs that are over; collective."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with pending:
+            written = _Step(comm, "writing what memory held").all(pending.result)
+            if written is not None:
+                step = _Step(comm, "committing what memory held").first(pending.commit)
+                if step is not None and comm.rank == 0:
+                    logger.info(
+                        "RECOVERED from the memory of the last run: step %d and %d experts newer than storage "
+                        "are now %s",
+                        step,
+                        len(pending.flush.experts),
+                        pending.flush.tag,
+                    )
+        self._remove(comm)
+
+    def make_room(self, comm: Comm, node: str, need: int) -> None:
+        """Lets go of old memory where the new arenas do not fit beside it; collective.
+
+        Args:
+            comm: all ranks.
+            node: name of this rank's node.
+            need: bytes of the arena that this rank is going to make.
+        """
+        replies = comm.exchange("agreeing on room", lambda: (node, need, self.held is not None))
+        if not any(held for _, _, held in replies):
+            return
+        wanted = sum(nbytes for name, nbytes, _ in replies if name == node)
+
+        def fits() -> bool:
+            return self.held is None or wanted <= _ROOM_SHARE * shutil.disk_usage(self._folder).free
+
+        fitting = comm.exchange("looking for room", fits)
+        if all(fitting):
+            return
+        self.finish(comm)
+
+        def decide() -> None:
+            if not fitting[comm.rank]:
+                if comm.rank == 0:
+                    logger.info("no room for new arenas beside the last run's: a load reads from storage")
+                self.let_go()
+
+        # Nobody makes an arena before all of a node have let go.
+        comm.agree("making room", decide)
+
+    def abandon(self) -> None:
+        """Ends what `start` began, without a commit: the run cannot start. Doing it again changes nothing."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with pending, suppress(Exception):
+                pending.result()
+        self.let_go()
 
     def _look(self, stack: ExitStack) -> Inventory | None:
         """Opens the memory of this node, once its agent has written what it was given."""
@@ -96,36 +158,36 @@ class Predecessor:
         self._memory = stack.enter_context(open_memory(self._folder, over))
         return self._memory.inventory if self._memory is not None else None
 
-    def hold(self) -> None:
-        """Maps the arenas, so that a load finds them even after `remove`; done by every rank, before any is removed."""
-        if not self._config.recovery.memory:
-            return
-        try:
-            self.held = HeldMemory.open(self._folder, self._over())
-        except Exception as error:  # storage has all of it
-            logger.warning("the memory of the last run is not read: %s", error)
+    def _hold(self, comm: Comm) -> None:
+        """Maps the arenas on every rank, so that a load finds them even after their files are removed; collective."""
 
-    def remove(self) -> None:
-        """Removes the files of runs that are over; done by one rank of the node, once all of its ranks hold them."""
-        for path in self._over():
-            logger.info("removing %s of a run that is over", path.name)
-            path.unlink(missing_ok=True)
-        for folder in forsaken(self._folder.parent, self._own):
-            logger.info("removing %s, which no run can find any more", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+        def hold() -> None:
+            if not self._config.recovery.memory:
+                return
+            try:
+                self.held = HeldMemory.open(self._folder, self._over())
+            except Exception as error:  # storage has all of it
+                logger.warning("the memory of the last run is not read: %s", error)
+
+        comm.agree("mapping the memory of earlier runs", hold)
+
+    def _remove(self, comm: Comm) -> None:
+        """Removes the files of runs that are over, on every node; collective."""
+
+        def remove() -> None:
+            for path in self._over() if self._first else ():
+                logger.info("removing %s of a run that is over", path.name)
+                path.unlink(missing_ok=True)
+            for folder in forsaken(self._folder.parent, self._own) if self._first else ():
+                logger.info("removing %s, which no run can find any more", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+
+        comm.agree("clearing up after earlier runs", remove)
 
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory that become free once all ranks of the node have let go."""
         return self.held.nbytes if self.held is not None else 0
-
-    def leaves_room(self, need: int) -> bool:
-        """Tells whether new arenas fit beside the held ones.
-
-        Args:
-            need: bytes of all new arenas of this node.
-        """
-        return self.held is None or need <= _ROOM_SHARE * shutil.disk_usage(self._folder).free
 
     def let_go(self) -> None:
         """Gives the memory back: it was restored, or nobody wants it. Doing it again changes nothing."""
@@ -147,31 +209,58 @@ class Predecessor:
         return [path for path in find_arenas(self._folder) if path not in self._own and writer_pid(path) is None]
 
 
-def _bring(comm: Comm, memory: JobMemory | None, store: Store, flush: Flush | None, save_id: str) -> None:
-    """Writes and commits what memory has that the directory lacks; collective."""
-    if flush is None:
-        return
+class _Pending:
+    """A flush that is being written on this node.
+
+    Args:
+        store: the checkpoint root.
+        flush: what is written, on all nodes.
+        save_id: of all nodes.
+        stack: the memory, closed at the end.
+        write: writes this node's part.
+    """
+
+    def __init__(self, store: Store, flush: Flush, save_id: str, stack: ExitStack, write: Callable[[], None]) -> None:
+        self.flush = flush
+        self._store = store
+        self._save_id = save_id
+        self._stack = stack
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="moc-flush-node")
+        self._result = self._worker.submit(write)
+
+    def result(self) -> None:
+        """Waits until this node's part is written; raises what kept it from that."""
+        self._result.result()
+
+    def commit(self) -> int:
+        """Commits what all nodes have written; returns its step."""
+        return commit(self._store, self.flush.tag, self._save_id, attempt=self.flush.attempt).step
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown()
+        self._stack.close()
+
+
+def _begin(
+    comm: Comm, memory: JobMemory | None, store: Store, flush: Flush, save_id: str, stack: ExitStack
+) -> _Pending | None:
+    """Begins to write what memory has that the directory lacks; collective. Closes the stack if it does not."""
     counts = _Step(comm, "reading what experts have learnt").all(
         lambda: tokens_of(memory, flush) if memory is not None and 0 in memory.ranks else None
     )
     if counts is None:
-        return
+        stack.close()
+        return None
     tokens = next(item for item in counts if item is not None)
-    written = _Step(comm, "writing what memory held").all(
-        lambda: write_parts(memory, store, flush, save_id, tokens) if memory is not None else None
-    )
-    if written is None:
-        return
-    step = _Step(comm, "committing what memory held").first(
-        lambda: commit(store, flush.tag, save_id, attempt=flush.attempt).step
-    )
-    if step is not None and comm.rank == 0:
-        logger.info(
-            "RECOVERED from the memory of the last run: step %d and %d experts newer than storage are now %s",
-            step,
-            len(flush.experts),
-            flush.tag,
-        )
+
+    def write() -> None:
+        if memory is not None:
+            write_parts(memory, store, flush, save_id, tokens)
+
+    return _Pending(store, flush, save_id, stack, write)
 
 
 class _Step:
