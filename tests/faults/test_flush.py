@@ -57,7 +57,7 @@ def section(path: str, **more: Any) -> dict[str, Any]:
         "persist_interval": 4,
         "save_dir": path,
         "storage": {"keep_last": 0},
-        "host": {"linger_s": 20.0},
+        "host": {"linger_s": 20.0, "on_busy": "wait"},  # on a busy machine no step may be missed
         **more,
     }
 
