@@ -106,6 +106,7 @@ def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startu
     os.environ.pop("MOC_CAMPAIGN_POINT", None)
     if armed:
         os.environ["MOC_CAMPAIGN_POINT"] = armed
+        os.environ["MOC_CAMPAIGN_ARMED"] = f"{path}/armed{number}-"
         os.environ["PYTHONPATH"] = os.pathsep.join([startup, os.environ["PYTHONPATH"]])
     life = Life(Path(path), number)
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
