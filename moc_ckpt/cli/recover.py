@@ -91,7 +91,8 @@ def _folders(store: Store) -> list[Path]:
     found = []
     for folder in find_jobs(None, None, None):
         with open_memory(folder) as memory:
-            if memory is not None and memory.url is not None and open_store(memory.url).url == store.url:
+            url = memory.inventory.url if memory is not None else None
+            if url is not None and open_store(url).url == store.url:
                 found.append(folder)
     return found
 

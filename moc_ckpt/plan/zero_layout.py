@@ -170,11 +170,10 @@ def owned_intervals(
     if not 0 <= rank < parallel.world:
         raise ConfigError(f"rank {rank} does not exist: the world has {parallel.world} ranks")
     table = _read(tensors, experts_per_layer, expert_parallel_per_layer, parallel, settings)
-    here, replica = np.zeros(len(tensors), dtype=np.int64), np.full(len(tensors), rank, dtype=np.int64)
+    here, replica = _places_of(table, parallel, rank)
     holders = {(0, 0): tuple(range(parallel.world))}
     for ep in sorted(set(expert_parallel_per_layer)):
         position = parallel.expert_position(ep, rank)
-        here[table.ep == ep], replica[table.ep == ep] = position, parallel.replica_index(ep, rank)
         holders[ep, position] = parallel.expert_replicas(ep, position)
     replica, table = replica[table.position == here], table.take(table.position == here)
 
@@ -215,12 +214,7 @@ def flat_groups(
 ) -> list[FlatGroup]:
     """Returns the flattened param groups of one rank, by ascending group; arguments and errors as `owned_intervals`."""
     table = _read(tensors, experts_per_layer, expert_parallel_per_layer, parallel, settings)
-    here, replica = np.zeros(len(tensors), dtype=np.int64), np.full(len(tensors), rank, dtype=np.int64)
-    for ep in sorted(set(expert_parallel_per_layer)):
-        here[table.ep == ep], replica[table.ep == ep] = (
-            parallel.expert_position(ep, rank),
-            parallel.replica_index(ep, rank),
-        )
+    here, replica = _places_of(table, parallel, rank)
     chosen = (table.position == here) & _members(table, settings)
     replica, table = replica[chosen], table.take(chosen)
     offset, size = _flat_places(table, settings)
@@ -232,6 +226,15 @@ def flat_groups(
         first = int(rows[0])
         found.append(FlatGroup(group, int(size[first]), int(table.degree[first]), int(replica[first]), members))
     return found
+
+
+def _places_of(table: _Table, parallel: ParallelLayout, rank: int) -> tuple[_Ints, _Ints]:
+    """Returns, by tensor, the expert-parallel position that a rank has for it, and which replica there it is."""
+    here, replica = np.zeros_like(table.index), np.full_like(table.index, rank)
+    for ep in np.unique(table.ep[table.ep > 0]).tolist():
+        rows = table.ep == ep
+        here[rows], replica[rows] = parallel.expert_position(ep, rank), parallel.replica_index(ep, rank)
+    return here, replica
 
 
 def owned_bytes(

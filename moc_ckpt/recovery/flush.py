@@ -26,7 +26,7 @@ from moc_ckpt.persist.source import FileSource
 from moc_ckpt.persist.survey import ask_agent
 from moc_ckpt.persist.writer import SaveId, build_part, write_prepared
 from moc_ckpt.plan.save_plan import DENSE, EXPERTS, PackPlan, SavePlan
-from moc_ckpt.recovery.memory import Inventory, JobMemory, MemoryChoice, RankMemory, open_memory
+from moc_ckpt.recovery.memory import Inventory, JobMemory, RankMemory, open_memory
 from moc_ckpt.snapshot.arena import writer_pid
 from moc_ckpt.state.unit import Version, parse_expert_unit
 from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
@@ -39,10 +39,8 @@ __all__ = [
     "Flush",
     "flush_job",
     "plan_flush",
-    "refuse_living",
     "tokens_of",
     "wait_for_agent",
-    "with_bytes",
     "write_parts",
 ]
 
@@ -77,11 +75,6 @@ class Flush:
     world: int
     newest: Manifest | None
     nbytes: int = 0
-
-    @property
-    def choice(self) -> MemoryChoice:
-        """The state that is written."""
-        return MemoryChoice(self.step, self.experts)
 
     @property
     def tag(self) -> str:
@@ -161,7 +154,7 @@ def _stored(store: Store, attempt: int, step: int) -> tuple[Manifest | None, dic
     return newest, found
 
 
-def with_bytes(flush: Flush, memory: JobMemory) -> Flush:
+def _with_bytes(flush: Flush, memory: JobMemory) -> Flush:
     """Returns a flush that knows how many bytes of it are in this memory."""
     wanted = {(_DENSE_UNIT, flush.step), *flush.experts.items()}
     slots = (item for rank in memory.ranks.values() for item in rank.slots.items())
@@ -202,14 +195,14 @@ def flush_job(
     with open_memory(folder, only) as memory:
         if memory is None:
             return None, None
-        refuse_living(memory)
-        store = store or (open_store(memory.url) if memory.url else None)
+        _refuse_living(memory)
+        store = store or (open_store(memory.inventory.url) if memory.inventory.url else None)
         if store is None:
             return None, None
         flush = plan_flush(memory.inventory, store)
         if flush is None:
             return None, None
-        flush = with_bytes(flush, memory)
+        flush = _with_bytes(flush, memory)
         if dry_run:
             return flush, None
         save_id = new_save_id()
@@ -217,7 +210,7 @@ def flush_job(
         return flush, commit(store, flush.tag, save_id, attempt=flush.attempt)
 
 
-def refuse_living(memory: JobMemory) -> None:
+def _refuse_living(memory: JobMemory) -> None:
     """Raises StorageError if a trainer of the run still lives."""
     for rank in memory.ranks.values():
         pid = writer_pid(rank.arena.path)
@@ -270,7 +263,7 @@ def wait_for_agent(folder: Path, deadline_s: float, tell: Callable[[list[int]], 
 
 def tokens_of(memory: JobMemory, flush: Flush) -> dict[str, int]:
     """Returns the tokens that each expert's version of a flush has learnt; rank 0's memory knows them."""
-    return _tokens(memory.ranks[0].record(flush.step), flush.choice)
+    return _tokens(memory.ranks[0].record(flush.step), flush.experts)
 
 
 def write_parts(
@@ -298,8 +291,8 @@ def write_parts(
 
     def write(rank: RankMemory) -> None:
         record = rank.record(flush.step)
-        info = _commit_info(rank, record, flush, flush.choice) if rank.rank == 0 else None
-        part, packs, extras = _part(rank, record, flush, flush.choice, save_id, tokens, info)
+        info = _commit_info(rank, record, flush) if rank.rank == 0 else None
+        part, packs, extras = _part(rank, record, flush, save_id, tokens, info)
         sources = [FileSource(rank.arena.array, spans) for spans in packs]
         written = write_prepared(store, part, sources, extras, threads=_THREADS)
         done[0] += sum(pack.nbytes for pack in written.packs)
@@ -315,7 +308,6 @@ def _part(
     rank: RankMemory,
     record: SnapshotRecord,
     flush: Flush,
-    choice: MemoryChoice,
     save_id: str,
     tokens: Mapping[str, int],
     info: CommitInfo | None,
@@ -323,9 +315,9 @@ def _part(
     packs: list[PackPlan] = []
     spans: list[list[tuple[int, int, int]]] = []
     declared = {item.key: (item.dtype, item.shape) for item in record.hollow}
-    own = {unit: step for unit, step in choice.experts.items() if (unit, step) in rank.slots}
+    own = {unit: step for unit, step in flush.experts.items() if (unit, step) in rank.slots}
     groups: Sequence[tuple[str, list[tuple[str, int]]]] = (
-        (DENSE, [(_DENSE_UNIT, choice.step)] if (_DENSE_UNIT, choice.step) in rank.slots else []),
+        (DENSE, [(_DENSE_UNIT, flush.step)] if (_DENSE_UNIT, flush.step) in rank.slots else []),
         # In the order of memory, so that a pack is few long runs.
         (EXPERTS, sorted(own.items(), key=lambda item: rank.slots[item].extents)),
     )
@@ -339,12 +331,12 @@ def _part(
         for item in units:
             for _, fragment in item.fragments:
                 declared[fragment.key] = (fragment.dtype, fragment.shape)
-    files = rank.files(choice.step)
+    files = rank.files(flush.step)
     optimizer = files.pop("optimizer", b"")
     # What commits and parts carry is no file of a checkpoint.
     extras = {name: data for name, data in files.items() if name not in ("state", "record")}
     part = build_part(
-        SaveId(flush.tag, save_id, Version(flush.attempt, choice.step), rank.rank, flush.world),
+        SaveId(flush.tag, save_id, Version(flush.attempt, flush.step), rank.rank, flush.world),
         SavePlan(tuple(packs)),
         declared,
         tokens={unit: tokens[unit] for unit in own if unit in tokens},
@@ -357,18 +349,18 @@ def _part(
     return part, spans, extras
 
 
-def _tokens(record: SnapshotRecord, choice: MemoryChoice) -> dict[str, int]:
+def _tokens(record: SnapshotRecord, experts: Mapping[str, int]) -> dict[str, int]:
     """Returns the tokens that each expert's version has learnt."""
     learnt = unpack_learnt(record.learnt, [layer.num_experts for layer in record.moe_layers])
     found = {}
-    for unit, step in choice.experts.items():
+    for unit, step in experts.items():
         place = parse_expert_unit(unit)
         if place is not None and step in learnt:
             found[unit] = int(learnt[step][place[0]][place[1]])
     return found
 
 
-def _commit_info(first: RankMemory, record: SnapshotRecord, flush: Flush, choice: MemoryChoice) -> CommitInfo:
+def _commit_info(first: RankMemory, record: SnapshotRecord, flush: Flush) -> CommitInfo:
     ledger = None
     if record.ledger is not None:
         counts = [layer.num_experts for layer in record.moe_layers]
@@ -377,7 +369,7 @@ def _commit_info(first: RankMemory, record: SnapshotRecord, flush: Flush, choice
         def learnt_at(step: int) -> Sequence[np.ndarray]:
             return learnt.get(step, found.learnt)
 
-        versions = {place: step for unit, step in choice.experts.items() if (place := _place(unit)) is not None}
+        versions = {place: step for unit, step in flush.experts.items() if (place := _place(unit)) is not None}
         saved = flush.newest.ledger if flush.newest is not None else None
         history = SaveHistory.from_data(saved["history"], counts) if saved and "history" in saved else None
         rotation = Rotation.from_data(record.rotation or Rotation().to_data(), counts)
@@ -390,8 +382,8 @@ def _commit_info(first: RankMemory, record: SnapshotRecord, flush: Flush, choice
         moe_layers=record.moe_layers,
         save_latest=True,
         ledger=ledger,
-        selected=sorted(choice.experts),
-        state=first.files(choice.step)["state"],
+        selected=sorted(flush.experts),
+        state=first.files(flush.step)["state"],
     )
 
 

@@ -64,9 +64,12 @@ class HeldMemory:
         """
         with ExitStack() as stack:
             memory = stack.enter_context(open_memory(folder, only))
-            if memory is None or memory.url is None or memory.attempt is None:
+            if memory is None:
                 return None
-            return cls(stack.pop_all(), memory.url, memory.attempt, list(memory.ranks.values()))
+            url, attempt = memory.inventory.url, memory.inventory.attempt
+            if url is None or attempt is None:
+                return None
+            return cls(stack.pop_all(), url, attempt, list(memory.ranks.values()))
 
     @property
     def nbytes(self) -> int:

@@ -125,10 +125,10 @@ def join(inventories: Iterable[Inventory]) -> Inventory | None:
     """Joins what several nodes hold of the newest run of which any holds something. Pure.
 
     Args:
-        inventories: one per node; what is of older runs is left out.
+        inventories: one per node, or per rank; what is of older runs is left out.
 
     Returns:
-        All of it; None if there is none. Without a directory where the nodes do not agree on one: a rank that was
+        All of it; None if there is none. Without a directory where they do not agree on one: a rank that was
         killed while a directory was opened does not have it yet.
     """
     known = list(inventories)
@@ -229,28 +229,14 @@ class JobMemory:
     """The arenas of a job's newest run on this node.
 
     Attributes:
-        run: id of the run.
-        world: number of its ranks.
-        url: the directory that it saved into last; None if none is open.
-        attempt: its attempt there.
-        created: when it began, in seconds since 1970.
+        inventory: what they hold.
         ranks: the arenas that could be read.
         unreadable: why others could not, by path.
     """
 
-    run: str
-    world: int
-    url: str | None
-    attempt: int | None
-    created: float
+    inventory: Inventory
     ranks: Mapping[int, RankMemory]
     unreadable: Mapping[Path, str]
-
-    @property
-    def inventory(self) -> Inventory:
-        """What it holds."""
-        ranks = {rank: memory.versions for rank, memory in self.ranks.items()}
-        return Inventory(self.run, self.world, self.url, self.attempt, self.created, ranks)
 
 
 @contextmanager
@@ -284,9 +270,16 @@ def open_memory(folder: Path, only: Container[Path] | None = None) -> Iterator[J
         for rank, (arena, slots) in sorted(live.items()):
             whole = [slot for slot in slots if slot.state in _WHOLE and slot.attempt == timeline]
             ranks[rank] = RankMemory(arena, rank, {(slot.unit, slot.step): slot for slot in whole})
-        first = min(live)
-        identity = live[first][0].identity
-        # Every rank opens a directory at the same place; one that was killed in between has not.
-        opened = {(arena.identity.url, arena.identity.attempt) for arena in arenas}
-        url, attempt = (identity.url, identity.attempt) if len(opened) == 1 else (None, None)
-        yield JobMemory(run, identity.world, url, attempt, identity.created, ranks, unreadable)
+        inventory = join(
+            Inventory(
+                run,
+                arena.identity.world,
+                arena.identity.url,
+                arena.identity.attempt,
+                arena.identity.created,
+                {rank: ranks[rank].versions},
+            )
+            for rank, (arena, _) in sorted(live.items())
+        )
+        assert inventory is not None
+        yield JobMemory(inventory, ranks, unreadable)

@@ -13,7 +13,6 @@ import argparse
 import json
 import mmap
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from _ranks import rank_environments
 
 from moc_ckpt.snapshot.device_copy import DeviceCopier
 from moc_ckpt.snapshot.stager import register, unregister
@@ -108,14 +109,7 @@ def main() -> None:
     world = torch.cuda.device_count()
     if not world:
         raise SystemExit("this machine has no GPU")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    own = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **own, "RANK": str(rank)})
-        for rank in range(world)
-    ]
+    processes = [subprocess.Popen([sys.executable, *sys.argv], env=env) for env in rank_environments(world)]
     codes = [process.wait() for process in processes]
     if any(codes):
         raise SystemExit(1)

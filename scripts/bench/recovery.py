@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,9 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _ranks import rank_environments
+
 _HERE = Path(__file__).resolve().parent
 _ARMS = ("memory", "storage", "cold")
 _BLOCK = 8 << 20
+_TIMES = ("ready_s", "look_s", "flush_s", "load_s", "check_s", "read_s", "copy_s", "first_step_s")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -164,22 +166,13 @@ def bus_rate(torch: Any) -> float:
 
 def run(arguments: argparse.Namespace, arm: str, folder: Path) -> list[dict[str, Any]]:
     """Runs one arm on all ranks; returns what each measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     options = [*sys.argv[1:], "--arm", arm, "--folder", str(folder)]
     processes, facts = [], []
     begun = time.time()
-    for rank in range(arguments.ranks):
+    for rank, env in enumerate(rank_environments(arguments.ranks)):
         facts.append(folder.parent / f"facts{rank}.json")
         facts[-1].unlink(missing_ok=True)
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(arguments.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+        env |= {
             "MOC_JOB_ID": f"moc-bench-recovery-{os.getpid()}{'-cold' if arm == 'cold' else ''}",
             "MOC_BENCH_BEGUN": repr(begun),
             "MOC_BENCH_FACTS": str(facts[-1]),
@@ -288,8 +281,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summary(ranks: list[dict[str, Any]]) -> str:
     """Returns one line about a run."""
-    names = ("ready_s", "look_s", "flush_s", "load_s", "check_s", "read_s", "copy_s", "first_step_s")
-    found = {name: max(rank.get(name, 0.0) for rank in ranks) for name in names}
+    found = {name: max(rank.get(name, 0.0) for rank in ranks) for name in _TIMES}
     return ", ".join(f"{name} {seconds:.2f}" for name, seconds in found.items() if seconds)
 
 
@@ -309,9 +301,8 @@ def report(arguments: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict[
         "memory": {"from_memory": memory["memory_bytes"], "from_storage": memory["storage_bytes"]},
         "steps": {"victim": first["victim_step"], "memory": memory["step"], "storage": storage["step"]},
     }
-    names = ("ready_s", "look_s", "flush_s", "load_s", "check_s", "read_s", "copy_s", "first_step_s")
     for arm in _ARMS:
-        found.setdefault(arm, {}).update({name: median(arm, name) for name in names})
+        found.setdefault(arm, {}).update({name: median(arm, name) for name in _TIMES})
     ratios = [
         max(r["first_step_s"] for r in one["memory"]) / max(r["first_step_s"] for r in one["cold"]) for one in rounds
     ]

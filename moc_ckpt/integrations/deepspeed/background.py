@@ -47,11 +47,6 @@ __all__ = ["Background", "Prepared", "Round"]
 
 logger = logging.getLogger("moc_ckpt")
 
-# At the beginning of a step the device waits for the host, kernel by kernel; later the host is ahead. Only then does a
-# vote's work, some milliseconds of the interpreter, cost training nothing. As a share of the step, and in seconds.
-_HOLD_BACK = 0.25
-_LONGEST_HOLD_BACK_S = 0.1
-
 
 @dataclass(slots=True)
 class Round:
@@ -169,7 +164,7 @@ class Background:
         self, current: Round, previous: Round | None, has_room: Callable[[Round, Round | None], bool]
     ) -> Ballot:
         if current.automatic and current.save is None:
-            time.sleep(min(_HOLD_BACK * self._tuner.step_s, _LONGEST_HOLD_BACK_S))
+            time.sleep(self._tuner.vote_hold_back_s)
         captured, reader, buffers = current.captured, current.live.reader, 0
         if captured is not None:
             captured.wait()

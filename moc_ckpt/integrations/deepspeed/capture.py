@@ -63,7 +63,8 @@ class StateReader:
         self._view = view
         self._engine = view.engine
         self._scalars = ScalarReader(catalog, view.state_of)
-        self._native = describe(view)
+        # Only rank 0's is stored.
+        self._native = describe(view) if catalog.rank == 0 else b""
         self._weights = {item.fqn: item.tensor for item in catalog.weights} | {
             shard.fqn: shard.param for shard in catalog.shards
         }

@@ -14,7 +14,7 @@ import torch
 
 from moc_ckpt.errors import ClientStateError, CorruptionError
 
-__all__ = ["client_state_encoder", "decode_client_state", "encode_client_state"]
+__all__ = ["client_state_encoder", "decode_client_state", "encode_client_state", "refused_type"]
 
 # How torch.load names the type that it refuses.
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -102,14 +102,19 @@ def decode_client_state(data: bytes, *, trust: bool, where: str) -> dict[str, An
     try:
         return _load(data, trust=trust)
     except pickle.UnpicklingError as error:
-        named = _GLOBAL.search(str(error))
         raise ClientStateError(
-            f"client_state needs unpickling of {named[1] if named else 'objects'}",
+            f"client_state needs unpickling of {refused_type(error)}",
             where=where,
             fix=f"set {_TRUST} to true if every writer of the directory is trusted",
         ) from error
     except Exception as error:
         raise CorruptionError(f"client_state cannot be read: {error}", where=where, fix="load an older tag") from error
+
+
+def refused_type(error: pickle.UnpicklingError) -> str:
+    """Returns what torch.load(weights_only=True) would not load, for messages."""
+    named = _GLOBAL.search(str(error))
+    return named[1] if named else "objects"
 
 
 def _dump(value: Any) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, CorruptionError
+from moc_ckpt.integrations.deepspeed.client_state import refused_type
 from moc_ckpt.integrations.deepspeed.preflight import TESTED, version_tuple
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
-_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def expert_file(layer: int, expert: int) -> str:
@@ -110,9 +109,8 @@ def read_file(path: Path, *, trust: bool) -> Any:
         with torch.serialization.safe_globals(_known_classes()):
             return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mapped)
     except pickle.UnpicklingError as error:
-        named = _GLOBAL.search(str(error))
         raise ConfigError(
-            f"the file needs unpickling of {named[1] if named else 'objects'}, which may run code from it",
+            f"the file needs unpickling of {refused_type(error)}, which may run code from it",
             where=str(path),
             fix="if everybody who could write it is trusted, say --trust",
         ) from error

@@ -76,7 +76,7 @@ class Predecessor:
             joined = join(item for item in found if item is not None) if found is not None else None
             if joined is not None and joined.url is not None:
                 store = open_store(joined.url)
-                if memory is not None and memory.run != joined.run:
+                if memory is not None and memory.inventory.run != joined.run:
                     memory = None
                 planned = _Step(comm, "planning what memory brings to storage").first(
                     lambda: (plan_flush(joined, store), new_save_id())

@@ -30,10 +30,11 @@ _WARM_UP = 5
 # Until it was measured, `auto` takes a snapshot at every step: it is over after a few.
 _FIRST_INTERVAL = 1
 _FIRST_PERSIST = 10
-# How much later than the step a snapshot's copies begin, so that forward gets its start: far less than what a decision
-# about K leaves free. As a share of the step, and in seconds.
-_COPY_HOLD_BACK = 0.03
-_LONGEST_COPY_HOLD_BACK_S = 0.01
+# At the beginning of a step the device waits for the host, kernel by kernel; later the host is ahead. Only then does
+# work of other threads, some milliseconds of the interpreter, cost training nothing. (share of the step, seconds at
+# most) by which a vote begins later, and a snapshot's copies: far less than what a decision about K leaves free.
+_VOTE_HOLD_BACK = (0.25, 0.1)
+_COPY_HOLD_BACK = (0.03, 0.01)
 
 
 class Tuner:
@@ -160,14 +161,18 @@ class Tuner:
         }
 
     @property
-    def step_s(self) -> float:
-        """Seconds that a step takes; 0.0 until it is known. Any thread."""
-        return _micros(self._steps, 0.5) / 1e6
+    def vote_hold_back_s(self) -> float:
+        """Seconds to let pass before a vote's work begins. Any thread."""
+        return self._hold_back(*_VOTE_HOLD_BACK)
 
     @property
     def copy_hold_back_s(self) -> float:
         """Seconds to let pass before a snapshot's copies begin; 0.0 where host memory is copied."""
-        return min(_COPY_HOLD_BACK * self.step_s, _LONGEST_COPY_HOLD_BACK_S) if self._device is not None else 0.0
+        return self._hold_back(*_COPY_HOLD_BACK) if self._device is not None else 0.0
+
+    def _hold_back(self, share: float, most_s: float) -> float:
+        """Nothing until it is known how long a step takes."""
+        return min(share * _micros(self._steps, 0.5) / 1e6, most_s)
 
     # ------------------------------------------------------------------------------------------ deciding
 
