@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ HERE = Path(__file__).resolve().parent
 for _path in (str(HERE.parent), str(HERE)):
     if _path not in sys.path:
         sys.path.insert(0, _path)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell does for its background jobs; every process that a test starts would inherit that and ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _requirements_missing() -> str:
