@@ -72,6 +72,11 @@ class HeldMemory:
             return cls(stack.pop_all(), url, attempt, list(memory.ranks.values()))
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the run that is over whose memory this is."""
+        return tuple(rank.rank for rank in self._ranks)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of shared memory that it keeps, of all ranks of the node together."""
         return sum(rank.arena.spec.reserved for rank in self._ranks)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moc_ckpt.errors import CorruptionError
-from moc_ckpt.recovery.memory_reads import MemoryPiece
+from moc_ckpt.recovery.memory_reads import MemoryPiece, aligned
 from moc_ckpt.recovery.resolver import Piece, Read, RecoveryPlan, Stored, StoredTensor
 from moc_ckpt.state.fragment import Fragment, TensorKey, itemsize
 from moc_ckpt.state.unit import parse_expert_unit
@@ -20,8 +20,6 @@ from moc_ckpt.storage.store import Store
 from moc_ckpt.storage.verify import compact_units, explain_pack
 
 __all__ = ["Damage", "index_manifest", "stage", "try_stage"]
-
-_ALIGNMENT = 64
 
 
 def index_manifest(manifest: Manifest, wanted: Iterable[TensorKey] | None = None) -> dict[TensorKey, StoredTensor]:
@@ -116,7 +114,7 @@ def try_stage(
     starts, total = [], 0
     for index, size in enumerate(sizes):
         starts.append(total)
-        total += -(-size // _ALIGNMENT) * _ALIGNMENT if index not in shown else 0
+        total += aligned(size) if index not in shown else 0
     # numpy asks for huge pages, which are an order of magnitude cheaper to touch first.
     staged = torch.from_numpy(np.empty(total, dtype=np.uint8))
     for item in memory:
@@ -139,7 +137,8 @@ def try_stage(
 
 
 def _is_aligned(view: np.ndarray) -> bool:
-    return int(view.ctypes.data) % _ALIGNMENT == 0
+    at = int(view.ctypes.data)
+    return aligned(at) == at
 
 
 class _Witnesses:

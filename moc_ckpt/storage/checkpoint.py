@@ -45,6 +45,7 @@ __all__ = [
     "new_save_id",
     "outcome_key",
     "pack_key",
+    "pack_rank",
     "part_key",
     "part_version",
     "parts_status",
@@ -71,6 +72,7 @@ _OUTCOME = "outcome.json"
 _MOST_FAILURES = 4
 _RESERVED = frozenset({LATEST, ATTEMPTS, EVENTS, LOCK, "lock"})
 _SAVE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+_PACK = re.compile(r"/packs/rank_(\d{5,})\.(?:dense|experts)$")
 _PART = re.compile(r"/parts/rank_(\d{5,})\.json$")
 _FAILURE = re.compile(r"/parts/rank_(\d{5,})\.failed\.json$")
 _NATIVE = re.compile(r"(_model_states|_optim_states)\.pt$")
@@ -210,6 +212,12 @@ def pack_key(tag: str, save_id: str, rank: int, which: str) -> str:
     if which not in ("dense", "experts"):
         raise ValueError(f"a pack is 'dense' or 'experts', not {which!r}")
     return f"{save_prefix(tag, save_id)}/packs/rank_{rank:05d}.{which}"
+
+
+def pack_rank(path: str) -> int | None:
+    """Returns the rank that a pack was written for; None if the path is not as `pack_key` makes them."""
+    found = _PACK.search(path)
+    return int(found[1]) if found else None
 
 
 def extra_key(tag: str, save_id: str, name: str) -> str:

@@ -132,7 +132,8 @@ def rank_main(arguments: argparse.Namespace) -> None:
         engine.load_checkpoint(arguments.folder)
         training.synchronize()
         facts["load_s"] = time.perf_counter() - begin
-        facts["memory_bytes"], facts["storage_bytes"] = found[0].memory.nbytes
+        sources = found[0].memory.nbytes
+        facts["memory_bytes"], facts["storage_bytes"] = sources.memory, sources.storage
         facts["packs"] = [pack.path for pack in found[0].manifest.packs]
         facts["own_bytes"] = sum(found[0].memory.nbytes) / arguments.ranks
         facts["step"] = engine.global_steps

@@ -57,7 +57,8 @@ def section(path: str, **more: Any) -> dict[str, Any]:
         "persist_interval": 4,
         "save_dir": path,
         "storage": {"keep_last": 0},
-        "host": {"linger_s": 20.0, "on_busy": "wait"},  # on a busy machine no step may be missed
+        # On a busy machine no step may be missed, and a restart takes its time.
+        "host": {"linger_s": 90.0, "on_busy": "wait"},
         **more,
     }
 
@@ -156,6 +157,12 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     return {"wrong": wrong, "found": found, "tags": tags(diary.path), "read": sum(read), "said": said}
 
 
+def recovered(ckpt: Path) -> dict[str, Any]:
+    """What the log of a directory says about the first load from it."""
+    events = read_events(open_store(str(ckpt)))
+    return next(event for event in events if event.event == EventKind.RECOVERED).fields
+
+
 def case_nodes_killed(ctx: Any, path: str) -> None:
     """Every rank on a node of its own."""
     own_node(ctx.rank, path)
@@ -167,28 +174,58 @@ def case_nodes_restart(ctx: Any, path: str, moved: bool) -> dict[str, Any]:
     return case_restart(ctx, path, True)
 
 
+def case_nodes_flush(ctx: Any, path: str) -> list[str]:
+    """Brings the memory of all nodes to storage, as a start does, and leaves it where it is."""
+    from moc_ckpt.comm import Comm
+    from moc_ckpt.config import MocConfig
+    from moc_ckpt.integrations.deepspeed.predecessor import Predecessor
+
+    own_node(ctx.rank, path)
+    with warnings_of("moc_ckpt") as said:
+        comm = Comm(rendezvous_s=30.0, commit_s=60.0)
+        predecessor = Predecessor(folder_of(Path(path, "c")), MocConfig(enabled=True), ())
+        predecessor._remove = lambda _: None  # type: ignore[method-assign, assignment]
+        predecessor.start(comm, first=True)
+        predecessor.finish(comm)
+        predecessor.let_go()
+    return said
+
+
 def own_node(number: int, path: str) -> None:
     os.environ["MOC_SHM_DIR"] = f"{os.environ['MOC_SHM_DIR']}/{Path(path).name}-node{number}"
     Path(os.environ["MOC_SHM_DIR"]).mkdir(exist_ok=True)
 
 
-@pytest.mark.parametrize("how", ["same", "moved", "one lost"])
+@pytest.mark.parametrize("how", ["same", "moved", "moved and damaged", "one lost"])
 def test_nodes_bring_their_memory_together(victims: Pool, tmp_path: Path, how: str) -> None:
     with pytest.raises(CaseHang):
         victims.run(WORLD, case_nodes_killed, path=str(tmp_path), deadline=60.0, fresh_after=True)
     assert (tmp_path / "died0").exists() and (tmp_path / "died1").exists(), "the case failed before its end"
     ckpt = tmp_path / "c"
     assert latest_tag(open_store(str(ckpt))) == "global_step4"
+    arenas = sorted(Path(victims._shared).glob(f"{tmp_path.name}-node*/**/*.arena"))
+    assert len(arenas) == WORLD
     if how == "one lost":
-        for arena in Path(victims._shared, f"{tmp_path.name}-node1").rglob("*.arena"):
-            arena.unlink()
-    answers = victims.run(WORLD, case_nodes_restart, path=str(tmp_path), moved=how == "moved", fresh_after=True)
+        arenas[1].unlink()
+    if how == "moved and damaged":
+        # Storage has it first: of what a flush writes, the bytes in memory are what the checkpoint saved.
+        answers = victims.run(WORLD, case_nodes_flush, path=str(tmp_path), fresh_after=True)
+        assert latest_tag(open_store(str(ckpt))) == f"global_step{LAST}", answers
+        spoil(arenas[1])
+    moved = how.startswith("moved")
+    answers = victims.run(WORLD, case_nodes_restart, path=str(tmp_path), moved=moved, fresh_after=True)
+    facts = recovered(ckpt)
     for answer in answers:
         assert answer["wrong"] == []
         assert answer["found"] == (4 if how == "one lost" else LAST), answer["said"]
-        if how == "same":
-            # Buffers that all ranks have are saved by one, which is another node for the others.
-            assert answer["read"] < 1000
+        if how in ("same", "moved"):
+            assert answer["read"] == 0
+    if how == "same":
+        # Buffers that all ranks have are saved by one, which is on another node for the others.
+        assert 0 < facts["peer_bytes"] < 1000 and facts["memory_bytes"] > 0
+    if moved:
+        assert facts["peer_bytes"] > 20_000 and facts["memory_bytes"] < 1000, facts
+    assert (facts["storage_bytes"] > 0) == (how not in ("same", "moved"))
     assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
 
 
@@ -245,9 +282,10 @@ def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, how: st
             assert answer["read"] == 0
         else:
             assert answer["read"] > 0
-    event = next(event for event in read_events(open_store(str(ckpt))) if event.event == EventKind.RECOVERED)
-    assert (event.fields["memory_bytes"] > 0) == (how != "storage")
-    assert (event.fields["storage_bytes"] > 0) == (how not in ("memory", "other world"))
+    facts = recovered(ckpt)
+    assert (facts["memory_bytes"] > 0) == (how != "storage")
+    assert (facts["storage_bytes"] > 0) == (how not in ("memory", "other world"))
+    assert facts["peer_bytes"] == 0
     assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, rank_file
 from moc_ckpt.recovery.memory_reads import MemoryPiece, split_plan
+from moc_ckpt.recovery.peers import Fetched, fetch_from_peers
 from moc_ckpt.recovery.pinning import pinned
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
 from moc_ckpt.recovery.restorer import Damage, index_manifest, try_stage
@@ -91,11 +92,13 @@ class Sources(NamedTuple):
     """Where what was restored came from, in bytes of tensors of all ranks.
 
     Attributes:
-        memory: from the memory of the run before.
+        memory: from the memory of the run before, on the rank's own node.
+        peers: from its memory on other nodes.
         storage: from storage.
     """
 
     memory: int
+    peers: int
     storage: int
 
 
@@ -158,19 +161,31 @@ def read(moc: MocCheckpoint, store: Store, manifest: Manifest, request: LoadRequ
     values: list[torch.Tensor] = []
 
     # A function that gets tensors may keep them, or write to them.
-    held = moc.held_memory(store) if request.custom_load_fn is None else None
+    memory = request.custom_load_fn is None and moc.config.recovery.memory
+    held = moc.held_memory(store) if memory else None
+    here, left = comm.agree(
+        "looking into memory",
+        lambda: split_plan(held, manifest, prepared.plan) if held is not None else ([], prepared.plan),
+    )
+    remote: Fetched = Fetched([], left)
+    if memory:
+        # A rank that cannot fetch reads storage, and must be back before the others' patience ends.
+        remote = fetch_from_peers(comm, held, manifest, left, deadline_s=moc.config.timeouts.commit_s / 2)
 
     def fetch() -> tuple[tuple[Damage, ...], Sources]:
-        here, plan = split_plan(held, manifest, prepared.plan) if held is not None else ([], prepared.plan)
-        staged, damage = _stage(store, manifest, prepared, plan, here)
+        staged, damage = _stage(store, manifest, prepared, remote.left, [*here, *remote.pieces])
         values.extend(staged)
-        return tuple(damage), Sources(sum(item.piece.nbytes for item in here), plan.nbytes)
+        return tuple(damage), Sources(_nbytes(here), _nbytes(remote.pieces), remote.left.nbytes)
 
     fetched = comm.exchange("reading the checkpoint", fetch, wait="commit")
     if found := _damaged(comm.rank, [reply[0] for reply in fetched]):
         return found
     sources = Sources(*(sum(column) for column in zip(*(reply[1] for reply in fetched), strict=True)))
     return InMemory(prepared, values, [reply[0] for reply in replies], sources)
+
+
+def _nbytes(pieces: Iterable[MemoryPiece]) -> int:
+    return sum(item.piece.nbytes for item in pieces)
 
 
 def _damaged(rank: int, found: Sequence[tuple[Damage, ...]]) -> Damaged | None:

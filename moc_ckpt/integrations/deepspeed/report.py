@@ -112,8 +112,9 @@ class Reporter:
             f", {older} experts from older steps, {lost:,} tokens lost, PLT {100 * ledger.plt:.2f} %" if older else ""
         )
         sources = found.memory.nbytes
-        if sources.memory:
-            text += f"; {bytes_text(sources.memory)} from memory, {bytes_text(sources.storage)} from storage"
+        if sources.memory or sources.peers:
+            peers = f", {bytes_text(sources.peers)} from that of other nodes" if sources.peers else ""
+            text += f"; {bytes_text(sources.memory)} from memory{peers}, {bytes_text(sources.storage)} from storage"
         logger.info(
             "RECOVERED %s: step %d, saved by %d ranks, loaded by %d in %.2f s%s",
             manifest.tag,
@@ -135,6 +136,7 @@ class Reporter:
             older_experts=older,
             lost=list(ledger.recoveries[-1].lost) if ledger.recoveries else [],
             memory_bytes=sources.memory,
+            peer_bytes=sources.peers,
             storage_bytes=sources.storage,
             k=list(self._pec.k),
             plt=ledger.plt,
