@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from moc_ckpt.errors import MocError
 from moc_ckpt.recovery.memory import RankMemory, open_memory
 from moc_ckpt.state.fragment import Fragment
 from moc_ckpt.state.unit import Version, parse_expert_unit
+from moc_ckpt.storage.checksum import crc32c
 
 __all__ = ["HeldMemory"]
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("moc_ckpt")
 
 _DENSE = "dense"
 _Place = tuple[RankMemory, Sequence[tuple[int, int]]]
+# Unit, or "dense" for all dense ones, and step.
+_SlotKey = tuple[str, int]
 
 
 class HeldMemory:
@@ -48,7 +51,8 @@ class HeldMemory:
         self._ranks = list(ranks)
         # Mapped for writing, although nobody writes: devices refuse to pin what is not.
         self._arrays = {id(rank): _map(rank.arena.path) for rank in self._ranks}
-        self._places: dict[tuple[str, int], dict[Fragment, _Place]] = {}
+        self._places: dict[_SlotKey, dict[Fragment, _Place]] = {}
+        self._checksums: dict[_SlotKey, Mapping[Fragment, int]] = {}
         self.url = url
 
     @classmethod
@@ -77,6 +81,11 @@ class HeldMemory:
         return tuple(rank.rank for rank in self._ranks)
 
     @property
+    def world(self) -> int:
+        """Number of ranks of the run that is over."""
+        return self._ranks[0].arena.identity.world if self._ranks else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of shared memory that it keeps, of all ranks of the node together."""
         return sum(rank.arena.spec.reserved for rank in self._ranks)
@@ -91,7 +100,7 @@ class HeldMemory:
         """
         if version.attempt != self._attempt:
             return None
-        slot = (unit if parse_expert_unit(unit) is not None else _DENSE, version.step)
+        slot = _slot_of(unit, version)
         places = self._places.get(slot)
         if places is None:
             places = self._places[slot] = self._index(slot)
@@ -101,12 +110,54 @@ class HeldMemory:
         rank, spans = found
         return [self._arrays[id(rank)][at : at + count] for at, count in spans]
 
+    def checksum(self, unit: str, version: Version, fragment: Fragment) -> int | None:
+        """Returns the checksum that `digest` computed of what `find` finds; None if it did not."""
+        known = self._checksums.get(_slot_of(unit, version))
+        return known.get(fragment) if known is not None else None
+
+    def newest(self, rank: int) -> list[_SlotKey]:
+        """Returns the slots of one rank that a load most likely wants: the newest of each unit, dense ones first."""
+        steps: dict[str, int] = {}
+        for held in self._ranks:
+            for unit, step in held.slots if held.rank == rank else ():
+                if unit == _DENSE or parse_expert_unit(unit) is not None:
+                    steps[unit] = max(step, steps.get(unit, step))
+        return sorted(steps.items(), key=lambda item: (item[0] != _DENSE, item[0]))
+
+    def views(self, rank: int, slot: _SlotKey) -> list[np.ndarray]:
+        """Returns the memory of a slot of one rank, in order."""
+        return [
+            self._arrays[id(held)][start : start + room]
+            for held in self._ranks
+            if held.rank == rank
+            for start, room in held.slots[slot].extents
+        ]
+
+    def digest(self, rank: int, slot: _SlotKey) -> None:
+        """Computes the checksums of a slot of one rank ahead of a load. May run beside all other methods but `close`.
+
+        Raises:
+            CorruptionError: if its descriptor cannot be read.
+        """
+        for held in self._ranks:
+            if held.rank != rank:
+                continue
+            content, memory = held.unit(*slot), self._arrays[id(held)]
+            found = {}
+            for (_, fragment), offset in zip(content.fragments, content.offsets, strict=True):
+                value = 0
+                for start, count in cut_extents(content.extents, offset, fragment.nbytes):
+                    value = crc32c(memory[start : start + count], value)
+                found[fragment] = value
+            # Another rank may hold another part of the same unit; what it has is computed when it is wanted.
+            self._checksums[slot] = {**self._checksums.get(slot, {}), **found}
+
     def close(self) -> None:
         """Lets go of the memory, which is freed once nobody has a view. Doing it again changes nothing."""
         self._ranks, self._places, self._arrays = [], {}, {}
         self._stack.close()
 
-    def _index(self, slot: tuple[str, int]) -> dict[Fragment, _Place]:
+    def _index(self, slot: _SlotKey) -> dict[Fragment, _Place]:
         found: dict[Fragment, _Place] = {}
         for rank in self._ranks:
             if slot not in rank.slots:
@@ -119,6 +170,10 @@ class HeldMemory:
             for (_, fragment), offset in zip(content.fragments, content.offsets, strict=True):
                 found[fragment] = rank, cut_extents(content.extents, offset, fragment.nbytes)
         return found
+
+
+def _slot_of(unit: str, version: Version) -> _SlotKey:
+    return (unit if parse_expert_unit(unit) is not None else _DENSE, version.step)
 
 
 def _map(path: Path) -> np.ndarray:

@@ -85,14 +85,21 @@ def verified(
         Row -> its bytes, in order; of those that are there and right.
     """
     found: dict[FragmentRow, list[npt.NDArray[np.uint8]]] = {}
+    known: dict[FragmentRow, int | None] = {}
     for row in rows:
         unit, tensor = manifest.units[row.unit], manifest.tensors[row.tensor]
         fragment = Fragment(tensor.fqn, tensor.kind, tensor.dtype, tuple(tensor.shape), row.start, row.stop)
         views = held.find(unit.name, unit.version, fragment)
         if views is not None:
             found[row] = views
+            known[row] = held.checksum(unit.name, unit.version, fragment)
+
+    def is_right(row: FragmentRow) -> bool:
+        value = known[row]
+        return (_checksum(found[row]) if value is None else value) == row.crc32c
+
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="moc-check") as workers:
-        right = list(workers.map(lambda item: _checksum(item[1]) == item[0].crc32c, found.items()))
+        right = list(workers.map(is_right, found))
     if wrong := [row for row, ok in zip(found, right, strict=True) if not ok]:
         logger.warning(
             "DAMAGED: %d fragments in memory are not what the checkpoint saved, %s among them; storage has them",

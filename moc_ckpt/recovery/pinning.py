@@ -10,12 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["merge_pages", "pinned"]
+__all__ = ["Pins", "merge_pages", "pinned"]
 
 logger = logging.getLogger("moc_ckpt")
 
 # Below it pinning costs more than it saves.
 _LEAST_BYTES = 1 << 20
+# CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
+_ALREADY = 712
 
 
 def merge_pages(ranges: Iterable[tuple[int, int]], page: int = mmap.PAGESIZE) -> list[tuple[int, int]]:
@@ -37,35 +39,71 @@ def merge_pages(ranges: Iterable[tuple[int, int]], page: int = mmap.PAGESIZE) ->
     return found
 
 
+class Pins:
+    """Host memory that is registered with a device, until it is let go. Belongs to one thread at a time.
+
+    A copy from memory that could not be registered is slower, and as right.
+
+    Args:
+        device: where the bytes are going; nothing is done where that is no GPU.
+
+    Attributes:
+        nbytes: bytes that are registered.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done: list[int] = []
+        self._driver: ctypes.CDLL | None = None
+        self.nbytes = 0
+
+    def add(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Registers memory.
+
+        Args:
+            ranges: (address, bytes); a copy must not cross from one into another of another call.
+        """
+        pages = [item for item in merge_pages(ranges) if item[1] >= _LEAST_BYTES]
+        if self._device.type != "cuda" or not pages:
+            return
+        # The driver's own functions: a refusal by the runtime's stays behind, and fails the next kernel.
+        driver = self._driver = self._driver or ctypes.CDLL("libcuda.so.1")
+        torch.cuda.set_device(self._device)
+        torch.cuda.current_stream(self._device).query()  # a thread has no context before its first call
+        for address, nbytes in pages:
+            code = int(driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0)))
+            if code == 0:
+                self._done.append(address)
+                self.nbytes += nbytes
+            elif code != _ALREADY:
+                logger.info("%d bytes of host memory cannot be pinned: their copy takes longer", nbytes)
+
+    def close(self) -> None:
+        """Undoes it, once no copy needs it any more. Doing it again changes nothing."""
+        done, self._done, self.nbytes = self._done, [], 0
+        if done:
+            torch.cuda.set_device(self._device)
+            torch.cuda.current_stream(self._device).query()
+        for address in done:
+            assert self._driver is not None
+            self._driver.cuMemHostUnregister(ctypes.c_void_p(address))
+
+
 @contextmanager
 def pinned(values: Sequence[torch.Tensor], device: torch.device) -> Iterator[int]:
-    """Registers host tensors with a device while the context is open; yields the bytes that were registered.
+    """Registers host tensors with a device while the context is open; yields the bytes that it registered.
 
-    A copy from memory that could not be registered is slower, and as right. Not collective.
+    What is registered already stays so. Not collective.
 
     Args:
         values: contiguous CPU tensors.
         device: where they are going; nothing is done where that is no GPU.
     """
-    done: list[int] = []
-    total = 0
-    driver = ctypes.CDLL("libcuda.so.1") if device.type == "cuda" and any(value.numel() for value in values) else None
-    if driver is not None:
-        # The driver's own functions: a refusal by the runtime's stays behind, and fails the next kernel.
-        torch.cuda.current_stream(device).synchronize()
-        for address, nbytes in merge_pages((value.data_ptr(), value.nbytes) for value in values):
-            if nbytes < _LEAST_BYTES:
-                continue
-            if driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0)) == 0:
-                done.append(address)
-                total += nbytes
-            else:
-                logger.info("%d bytes of host memory cannot be pinned: their copy takes longer", nbytes)
+    pins = Pins(device)
+    pins.add((value.data_ptr(), value.nbytes) for value in values)
     try:
-        yield total
+        yield pins.nbytes
     finally:
-        if done:
+        if pins.nbytes:
             torch.cuda.current_stream(device).synchronize()
-        for address in done:
-            assert driver is not None
-            driver.cuMemHostUnregister(ctypes.c_void_p(address))
+        pins.close()

@@ -143,7 +143,7 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
     with warnings_of("moc_ckpt") as said:
         engine = build(ctx, ROW, None, seed=3, **section(diary.path, recovery={"memory": use}))
-    with counted_reads() as read:
+    with counted_reads() as read, counted_checks() as checked:
         wrong = diary.load(engine)
     found = engine.global_steps
     assert engine.moc.pipeline.host.predecessor.held is None, "the memory of the last run is kept for ever"
@@ -154,7 +154,14 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     other = build(ctx, ROW, None, seed=4, save_mode="durable")
     for tag in tags(diary.path):
         wrong += diary.load(other, tag)
-    return {"wrong": wrong, "found": found, "tags": tags(diary.path), "read": sum(read), "said": said}
+    return {
+        "wrong": wrong,
+        "found": found,
+        "tags": tags(diary.path),
+        "read": sum(read),
+        "checked": len(checked),
+        "said": said,
+    }
 
 
 def recovered(ckpt: Path) -> dict[str, Any]:
@@ -176,6 +183,8 @@ def case_nodes_restart(ctx: Any, path: str, moved: bool) -> dict[str, Any]:
 
 def case_nodes_flush(ctx: Any, path: str) -> list[str]:
     """Brings the memory of all nodes to storage, as a start does, and leaves it where it is."""
+    import torch
+
     from moc_ckpt.comm import Comm
     from moc_ckpt.config import MocConfig
     from moc_ckpt.integrations.deepspeed.predecessor import Predecessor
@@ -183,7 +192,7 @@ def case_nodes_flush(ctx: Any, path: str) -> list[str]:
     own_node(ctx.rank, path)
     with warnings_of("moc_ckpt") as said:
         comm = Comm(rendezvous_s=30.0, commit_s=60.0)
-        predecessor = Predecessor(folder_of(Path(path, "c")), MocConfig(enabled=True), ())
+        predecessor = Predecessor(folder_of(Path(path, "c")), MocConfig(enabled=True), (), torch.device("cpu"))
         predecessor._remove = lambda _: None  # type: ignore[method-assign, assignment]
         predecessor.start(comm, first=True)
         predecessor.finish(comm)
@@ -264,6 +273,25 @@ def counted_reads() -> Iterator[list[int]]:
         PackReader.read_batch = original  # type: ignore[method-assign]
 
 
+@contextmanager
+def counted_checks() -> Iterator[list[int]]:
+    """Counts the bytes in memory whose checksums are computed."""
+    from moc_ckpt.recovery import memory_reads
+
+    checked: list[int] = []
+    original = memory_reads._checksum
+
+    def count(views: Any) -> int:
+        checked.append(sum(view.nbytes for view in views))
+        return original(views)
+
+    memory_reads._checksum = count
+    try:
+        yield checked
+    finally:
+        memory_reads._checksum = original
+
+
 @pytest.mark.parametrize("how", ["memory", "storage", "other world", "damaged memory", "half of the memory"])
 def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, how: str) -> None:
     ckpt = kill(victims, tmp_path, "idle")
@@ -280,6 +308,8 @@ def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, how: st
         assert answer["found"] == (4 if how == "storage" else LAST), answer["said"]
         if how in ("memory", "other world"):
             assert answer["read"] == 0
+            # A rank that is where it was has checked its memory before the load asks for it, but for buffers.
+            assert (answer["checked"] > 1000) == (how == "other world"), answer["checked"]
         else:
             assert answer["read"] > 0
     facts = recovered(ckpt)

@@ -49,6 +49,9 @@ class Memory:
         self._content = content
         self._random = generator
 
+    def checksum(self, unit: str, version: Version, fragment: Fragment) -> int | None:
+        return None
+
     def find(self, unit: str, version: Version, fragment: Fragment) -> Sequence[np.ndarray] | None:
         data = self._content.get((unit, version, fragment))
         if data is None:

@@ -85,6 +85,9 @@ class Held:
     def __init__(self, rows: dict[tuple[int, int], np.ndarray]) -> None:
         self._rows = rows
 
+    def checksum(self, unit: str, version: Version, fragment: Fragment) -> int | None:
+        return None
+
     def find(self, unit: str, version: Version, fragment: Fragment) -> list[np.ndarray] | None:
         assert (unit, version, fragment.fqn) == ("dense/a", Version(1, 5), "a")
         data = self._rows.get((fragment.start, fragment.stop))

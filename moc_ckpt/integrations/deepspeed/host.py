@@ -92,7 +92,7 @@ class Host:
         self._windows: dict[tuple[int, ...], int] = {}
         self._world = comm.world
         self._folder = comm.agree("making the job's directory", lambda: job_dir(job, create=True), wait="rendezvous")
-        self.predecessor = Predecessor(self._folder, config, _own)
+        self.predecessor = Predecessor(self._folder, config, _own, self.device)
         self.predecessor.start(comm, first=local_rank == 0)
         try:
             need = comm.agree("sizing the arena", self._need)
@@ -171,6 +171,7 @@ class Host:
         need = self._affordable(config.k_snapshot)
         if all(self._comm.exchange("looking whether K fits", lambda: need is not None and self._fits(need))):
             return False
+        self.predecessor.await_room()
         larger = None
         try:
             # Beside the old one, since it may turn out that there is no room for it on some rank.

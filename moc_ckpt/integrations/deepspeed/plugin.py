@@ -283,7 +283,7 @@ class MocCheckpoint:
 
     def held_memory(self, store: Store) -> HeldMemory | None:
         """Returns the memory that the run before left on this node, if it saved into this directory."""
-        held = self.pipeline.host.predecessor.held if self.pipeline is not None else None
+        held = self.pipeline.host.predecessor.readied() if self.pipeline is not None else None
         return held if held is not None and open_store(held.url).url == store.url else None
 
     def forget(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import StorageError
+from moc_ckpt.recovery.ahead import Ahead
 from moc_ckpt.recovery.flush import Flush, plan_flush, tokens_of, wait_for_agent, write_parts
 from moc_ckpt.recovery.held import HeldMemory
 from moc_ckpt.recovery.memory import Inventory, JobMemory, join, open_memory
@@ -43,16 +47,20 @@ class Predecessor:
         folder: the job's directory in shared memory.
         config: the validated configuration.
         own: arenas of this process: asking who writes one would let go of its lock.
+        device: where what a load reads is going.
 
     Attributes:
         held: what a load may read from; None: nothing.
     """
 
-    def __init__(self, folder: Path, config: MocConfig, own: Collection[Path]) -> None:
+    def __init__(self, folder: Path, config: MocConfig, own: Collection[Path], device: torch.device) -> None:
         self._folder = folder
         self._config = config
         self._own = own
+        self._device = device
         self.held: HeldMemory | None = None
+        self._ahead: Ahead | None = None
+        self._leaving: threading.Thread | None = None
         self._memory: JobMemory | None = None
         self._pending: _Pending | None = None
         self._first = False
@@ -132,6 +140,7 @@ class Predecessor:
                 if comm.rank == 0:
                     logger.info("no room for new arenas beside the last run's: a load reads from storage")
                 self.let_go()
+                self.await_room()
 
         # Nobody makes an arena before all of a node have let go.
         comm.agree("making room", decide)
@@ -143,6 +152,7 @@ class Predecessor:
             with pending, suppress(Exception):
                 pending.result()
         self.let_go()
+        self.await_room()
 
     def _look(self, stack: ExitStack) -> Inventory | None:
         """Opens the memory of this node, once its agent has written what it was given."""
@@ -170,6 +180,8 @@ class Predecessor:
                 logger.warning("the memory of the last run is not read: %s", error)
 
         comm.agree("mapping the memory of earlier runs", hold)
+        if self.held is not None and self.held.world == comm.world and comm.rank in self.held.ranks:
+            self._ahead = Ahead(self.held, comm.rank, self._device)
 
     def _remove(self, comm: Comm) -> None:
         """Removes the files of runs that are over, on every node; collective."""
@@ -189,11 +201,35 @@ class Predecessor:
         """Bytes of shared memory that become free once all ranks of the node have let go."""
         return self.held.nbytes if self.held is not None else 0
 
+    def readied(self) -> HeldMemory | None:
+        """Returns what a load may read from, once what was begun ahead of it is done; None: nothing."""
+        if self._ahead is not None:
+            self._ahead.wait()
+        return self.held
+
     def let_go(self) -> None:
-        """Gives the memory back: it was restored, or nobody wants it. Doing it again changes nothing."""
-        if self.held is not None:
-            self.held.close()
-            self.held = None
+        """Gives the memory back: it was restored, or nobody wants it. Doing it again changes nothing.
+
+        In the background, since that takes the system about as long as making it took: `await_room` waits for it.
+        """
+        held, ahead = self.held, self._ahead
+        self.held, self._ahead = None, None
+        if held is None:
+            return
+
+        def leave() -> None:
+            if ahead is not None:
+                ahead.close()
+            held.close()
+
+        self._leaving = threading.Thread(target=leave, name="moc-let-go", daemon=True)
+        self._leaving.start()
+
+    def await_room(self) -> None:
+        """Waits until memory that this process let go is free, unless others of the node still hold it."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            leaving.join()
 
     def _await_ends(self) -> None:
         """Waits for trainers of the last run that are just being killed: their memory is not over before they are."""
