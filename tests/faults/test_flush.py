@@ -159,7 +159,7 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
         "found": found,
         "tags": tags(diary.path),
         "read": sum(read),
-        "checked": len(checked),
+        "checked": sum(checked),
         "said": said,
     }
 
@@ -303,13 +303,15 @@ def test_a_restart_finds_what_memory_held(victims: Pool, tmp_path: Path, how: st
         else:
             second.unlink()
     world = 4 if how == "other world" else WORLD
-    for answer in victims.run(world, case_restart, path=str(tmp_path), use=how != "storage"):
+    answers = victims.run(world, case_restart, path=str(tmp_path), use=how != "storage")
+    if how in ("memory", "other world"):
+        # A rank that is where it was has checked its memory before the load asks for it, but for a few buffers.
+        assert (max(answer["checked"] for answer in answers) > 1000) == (how == "other world"), answers
+    for answer in answers:
         assert answer["wrong"] == []
         assert answer["found"] == (4 if how == "storage" else LAST), answer["said"]
         if how in ("memory", "other world"):
             assert answer["read"] == 0
-            # A rank that is where it was has checked its memory before the load asks for it, but for buffers.
-            assert (answer["checked"] > 1000) == (how == "other world"), answer["checked"]
         else:
             assert answer["read"] > 0
     facts = recovered(ckpt)
