@@ -143,8 +143,9 @@ def case_restart(ctx: Any, path: str, use: bool) -> dict[str, Any]:
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
     with warnings_of("moc_ckpt") as said:
         engine = build(ctx, ROW, None, seed=3, **section(diary.path, recovery={"memory": use}))
-    with counted_reads() as read, counted_checks() as checked:
+    with warnings_of("moc_ckpt") as said_by_load, counted_reads() as read, counted_checks() as checked:
         wrong = diary.load(engine)
+    said += said_by_load
     found = engine.global_steps
     assert engine.moc.pipeline.host.predecessor.held is None, "the memory of the last run is kept for ever"
     for _ in range(4):
@@ -176,9 +177,26 @@ def case_nodes_killed(ctx: Any, path: str) -> None:
     case_killed(ctx, path, "idle")
 
 
-def case_nodes_restart(ctx: Any, path: str, moved: bool) -> dict[str, Any]:
+def case_nodes_restart(ctx: Any, path: str, moved: bool, cut_off: bool) -> dict[str, Any]:
+    from moc_ckpt.errors import RankError
+    from moc_ckpt.transfer import Transfer
+
     own_node(1 - ctx.rank if moved else ctx.rank, path)
-    return case_restart(ctx, path, True)
+    original = Transfer.swap
+    calls: list[None] = []
+
+    def swap(self: Transfer, outgoing: Any) -> Any:
+        # One rank knows what it is asked for, and then its connections break.
+        calls.append(None)
+        if cut_off and ctx.rank == 1 and len(calls) == 2:
+            raise RankError("the cable is out")
+        return original(self, outgoing)
+
+    Transfer.swap = swap  # type: ignore[method-assign]
+    try:
+        return case_restart(ctx, path, True)
+    finally:
+        Transfer.swap = original  # type: ignore[method-assign]
 
 
 def case_nodes_flush(ctx: Any, path: str) -> list[str]:
@@ -205,7 +223,7 @@ def own_node(number: int, path: str) -> None:
     Path(os.environ["MOC_SHM_DIR"]).mkdir(exist_ok=True)
 
 
-@pytest.mark.parametrize("how", ["same", "moved", "moved and damaged", "one lost"])
+@pytest.mark.parametrize("how", ["same", "moved", "moved and damaged", "moved and cut off", "one lost"])
 def test_nodes_bring_their_memory_together(victims: Pool, tmp_path: Path, how: str) -> None:
     with pytest.raises(CaseHang):
         victims.run(WORLD, case_nodes_killed, path=str(tmp_path), deadline=60.0, fresh_after=True)
@@ -221,8 +239,8 @@ def test_nodes_bring_their_memory_together(victims: Pool, tmp_path: Path, how: s
         answers = victims.run(WORLD, case_nodes_flush, path=str(tmp_path), fresh_after=True)
         assert latest_tag(open_store(str(ckpt))) == f"global_step{LAST}", answers
         spoil(arenas[1])
-    moved = how.startswith("moved")
-    answers = victims.run(WORLD, case_nodes_restart, path=str(tmp_path), moved=moved, fresh_after=True)
+    facts = {"moved": how.startswith("moved"), "cut_off": how.endswith("cut off")}
+    answers = victims.run(WORLD, case_nodes_restart, path=str(tmp_path), **facts, fresh_after=True)
     facts = recovered(ckpt)
     for answer in answers:
         assert answer["wrong"] == []
@@ -232,8 +250,11 @@ def test_nodes_bring_their_memory_together(victims: Pool, tmp_path: Path, how: s
     if how == "same":
         # Buffers that all ranks have are saved by one, which is on another node for the others.
         assert 0 < facts["peer_bytes"] < 1000 and facts["memory_bytes"] > 0
-    if moved:
+    if how in ("moved", "moved and damaged"):
         assert facts["peer_bytes"] > 20_000 and facts["memory_bytes"] < 1000, facts
+    if how == "moved and cut off":
+        assert facts["peer_bytes"] == 0
+        assert any("could not fetch from the memory of other nodes" in line for line in answers[0]["said"])
     assert (facts["storage_bytes"] > 0) == (how not in ("same", "moved"))
     assert [line for tag in tags(str(ckpt)) for line in verified(str(ckpt), tag)] == []
 
