@@ -72,7 +72,8 @@ def plan_flush(memory: Inventory, store: Store) -> Flush | None:
             f"the memory of ranks {', '.join(map(str, memory.absent))} of {memory.world} is not here, "
             "and dense state is sharded over all",
             where=store.url,
-            fix="where their node is lost, the newest checkpoint on storage is what there is",
+            fix="look on their nodes; where one is lost, the next start goes on from the newest checkpoint on storage, "
+            "with the experts that memory has newer than that",
         )
     chosen = memory.choose()
     if chosen is None:

@@ -46,7 +46,8 @@ def main() -> None:
         while True:
             harness.train(engine, 1)
             diary.note(engine, attempt=1)
-            tell("step", engine.global_steps)
+            # With how many saves this rank waits for an answer to.
+            tell("step", [engine.global_steps, sum(save.outcome is None for save in engine.moc.pipeline._saves)])
     body = pec_tools.manifest(diary.path)
     wrong = diary.load(engine)
     found, losses = engine.global_steps, []

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from campaign_tools.faults import recounted_plt  # noqa: E402
 from faults.network import Network, network, wait_for, why_not  # noqa: E402
 from faults.nodes_script import ROW  # noqa: E402
 from faults.test_flush import counted_reads, section, victims, warnings_of  # noqa: E402, F401 (a fixture)
+from moc_ckpt.errors import StorageError  # noqa: E402
 from moc_ckpt.snapshot.arena import Arena  # noqa: E402
 from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key  # noqa: E402
+from moc_ckpt.storage.checkpoint import LOCK  # noqa: E402
+from moc_ckpt.storage.store import open_store  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
@@ -180,7 +184,7 @@ def trained(net: Network, step: int, committed: int) -> None:
 
     def there() -> bool:
         alive(net, 1, "ab")
-        done = all((net.read("step", 1, rank) or 0) >= step for rank in range(WORLD))
+        done = all(step_of(net, rank) >= step for rank in range(WORLD))
         return done and (net.folder / "c" / f"global_step{committed}" / "manifest.json").exists()
 
     wait_for(there, f"step {step} and a commit of step {committed}", 120)
@@ -245,53 +249,73 @@ def test_a_node_is_lost(net: Network, pool: Pool, how: str) -> None:
     assert [line for tag in tags(str(path)) for line in verified(str(path), tag)] == []
 
 
-def test_a_node_that_comes_back_late_commits_nothing(net: Network, pool: Pool) -> None:
+def step_of(net: Network, rank: int) -> int:
+    return int((net.read("step", 1, rank) or [0])[0])
+
+
+def stopped_idle(net: Network, name: str) -> int:
+    """Stops a node's agent while nothing is being written; its pid. It is the agent of rank 0."""
+    (agent,) = net.nodes[name].agents()
+    store = open_store(str(net.folder / "c"))
+    for _ in range(30):
+        wait_for(lambda: alive(net, 1, "ab") or net.read("step", 1, 0)[1] == 0, "a moment without a save", 120)
+        os.kill(agent, signal.SIGSTOP)
+        before = step_of(net, 0)
+        wait_for(lambda before=before: alive(net, 1, "ab") or step_of(net, 0) > before, "another step", 120)
+        with suppress(StorageError):
+            if net.read("step", 1, 0)[1] == 0:
+                with store.lock(LOCK, 1.0):  # it must not be held by a process that stands still
+                    return agent
+        os.kill(agent, signal.SIGCONT)
+    raise AssertionError("the agent is never idle")
+
+
+def uncommitted(net: Network, rank: int) -> list[Path]:
+    """The parts of a rank whose saves are not committed."""
+    found = (net.folder / "c").glob(f"global_step*/*/parts/rank_{rank:05d}.json")
+    committed = {manifest(str(net.folder / "c"), tag)["save_id"] for tag in tags(str(net.folder / "c"))}
+    return [part for part in found if part.parts[-3] not in committed]
+
+
+def test_a_node_that_comes_back_late_commits_nothing(net: Network) -> None:
     """Rank 0's node freezes, cut off; the run goes on without it; then it wakes up with a whole save to commit."""
     a, b, path = net.nodes["a"], net.nodes["b"], net.folder / "c"
     plugin = plugin_of(net, on_busy="skip")
     started(net, 1, "ab", plugin)
     trained(net, 4, 4)
-    # Its agent first: the save of step 8 then waits for nothing but rank 0's part.
-    late = a.agents()
-    assert len(late) == 1
-    os.kill(late[0], signal.SIGSTOP)
-
-    def only_the_first_is_missing() -> list[Path]:
-        alive(net, 1, "ab")
-        return [
-            file
-            for file in (path / "global_step8").glob("*/parts/rank_00001.json")
-            if (net.read("step", 1, 0) or 0) >= 9 and not (file.parent / "rank_00000.json").exists()
-        ]
-
-    part = wait_for(only_the_first_is_missing, "the second rank's part", 120)[0]
+    # Its agent first: the next save then waits for nothing but rank 0's part.
+    late = stopped_idle(net, "a")
+    wait_for(lambda: alive(net, 1, "ab") or uncommitted(net, 1), "the second rank's part", 120)
+    (part,) = uncommitted(net, 1)
+    step = json.loads(part.read_text())["body"]["step"]
+    wait_for(lambda: alive(net, 1, "ab") or step_of(net, 0) > step, "the first rank to have handed its part over", 120)
     a.signal(signal.SIGSTOP)
     a.link("down")
     b.kill(but=b.agents())
+    assert not uncommitted(net, 0)
     before = manifest(str(path))
-    assert before["step"] == 4
+    assert 4 <= before["step"] < step
 
     started(net, 2, "bc", plugin, "10")
     wait_for(lambda: (path / "attempts" / "000002.json").exists() or alive(net, 2, "bc"), "the second attempt", 120)
     a.signal(signal.SIGCONT)
     log = path / "events" / "a.jsonl"
 
-    def events_of_8() -> dict[str, dict[str, Any]]:
+    def told_of_it() -> dict[str, dict[str, Any]]:
         found = [json.loads(line) for line in log.read_text().splitlines() if line]
-        return {event["event"]: event for event in found if event["step"] == 8}
+        return {event["event"]: event for event in found if event["step"] == step}
 
-    wait_for(lambda: "FAILED" in events_of_8(), "the late commit to be refused", 90)
-    told = events_of_8()
+    wait_for(lambda: "FAILED" in told_of_it(), "the late commit to be refused", 90)
+    told = told_of_it()
     assert "attempt 1 may not publish here: the directory belongs to attempt 2" in told["FAILED"]["reason"]
     assert "PERSISTED" in told and "COMMITTED" not in told, "its part was all that was missing"
     ended(net, 2, "bc")
-    assert not late or state_of(net.read("pid", 1, 0)) not in ("", "Z"), "the old trainer still lives"
+    assert a.agents() == [late] and state_of(net.read("pid", 1, 0)) not in ("", "Z"), "they live all the time"
     for rank in range(WORLD):
         found = net.read("found", 2, rank)
-        assert (found["step"], found["wrong"]) == (4, [])
+        assert (found["step"], found["wrong"]) == (before["step"], [])
     bodies = [manifest(str(path), tag) for tag in tags(str(path))]
-    assert all(body["attempt"] == 2 for body in bodies if body["step"] > 4)
+    assert all(body["attempt"] == 2 for body in bodies if body["step"] > before["step"])
     assert not any(part.parts[-3] in json.dumps(body) for body in bodies), "a checkpoint refers to the refused save"
     assert manifest(str(path))["attempt"] == 2
     assert [line for tag in tags(str(path)) for line in verified(str(path), tag)] == []
-    assert a.agents() == late, a.log(1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storage_samples import DENSE, EXPERTS, expert_name, make_store, save, tensor_values, write_rank
 
 from moc_ckpt.errors import CorruptionError, CoverageError, StaleAttemptError, StorageError
+from moc_ckpt.pec.ownership import Ownership
 from moc_ckpt.pec.selector import SaveHistory
 from moc_ckpt.recovery.flush import commit_flush, with_tokens
 from moc_ckpt.recovery.flush_plan import Flush, plan_completion, plan_restart
@@ -275,3 +276,17 @@ def test_versions_without_a_count_are_not_taken(store: Store) -> None:
     assert done.ledger is not None and done.ledger["processed"] == [[9] * 4] * 2
     assert done.ledger["history"]["saved"] == [[0, 7, 8, 0], [0, 0, 0, 0]]
     assert {**done.ledger["history"], "saved": None} == {**history.to_data(), "saved": None}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 3), st.integers(0, 5)), max_size=30))
+def test_every_owner_knows_the_others(rows: list[tuple[int, int, int, int]]) -> None:
+    ownership = Ownership.from_rows([3, 3], 4, rows)
+    owners = {
+        (layer, expert): sorted({row[2] for row in rows if row[:2] == (layer, expert) and row[3]})
+        for layer in range(2)
+        for expert in range(3)
+    }
+    for rank in range(4):
+        told = ownership.owners_beside(rank)
+        assert told == {place: tuple(ranks) for place, ranks in owners.items() if rank in ranks}
