@@ -46,7 +46,9 @@ class HostConfig(_Section):
         None, gt=0, description="GiB of shared memory per rank at most; null: as much as the configuration needs"
     )
     keep_committed: bool = Field(
-        False, description="keep in memory also what the last commit holds: one more full copy of the state"
+        False,
+        description="keep in memory also the newest versions up to the last commit, which experts come back at where "
+        "another node is lost: one more full copy of the state",
     )
     linger_s: float = Field(600.0, ge=0, description="s; the node agent lives on for so long after the last trainer")
     writer_threads: int = Field(2, ge=1, le=64, description="threads per rank that checksum and write a pack")

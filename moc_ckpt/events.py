@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 import threading
 import time
 from enum import Enum
@@ -13,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from moc_ckpt.snapshot.places import node_name
 from moc_ckpt.storage.checkpoint import EVENTS
 from moc_ckpt.storage.store import Store
 
@@ -79,12 +79,12 @@ class EventLog:
 
     Args:
         store: the checkpoint root.
-        node: name of the node; None for the host name.
+        node: name of the node; None for that of this one (`places.node_name`).
     """
 
     def __init__(self, store: Store, node: str | None = None) -> None:
         self._store = store
-        self.node = node or socket.gethostname()
+        self.node = node or node_name()
         self.key = event_key(self.node)
         self._lock = threading.Lock()
         self._torn: bool | None = None  # whether the file may end within a line; None: not known yet

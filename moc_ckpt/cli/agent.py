@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from moc_ckpt.errors import CheckpointNotFoundError, ConfigError, StorageError
 from moc_ckpt.persist.process import is_alive
 from moc_ckpt.persist.protocol import RankStatus, Status, StatusRequest, Stop, Stopping
 from moc_ckpt.persist.survey import Holdings, ask_agent, read_holdings
-from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key
+from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key, node_name
 
 __all__ = ["agent", "find_jobs"]
 
@@ -130,7 +129,7 @@ def status(
             return
         jobs = [_look(found) for found in find_jobs(save_dir, job, folder)]
     if as_json:
-        print_json({"node": socket.gethostname(), "jobs": [_as_data(item) for item in jobs]})
+        print_json({"node": node_name(), "jobs": [_as_data(item) for item in jobs]})
     else:
         stdout().print(_as_text(jobs))
     if not any(item.status for item in jobs):

@@ -15,7 +15,8 @@ from rich.text import Text
 from moc_ckpt.cli.agent import find_jobs
 from moc_ckpt.cli.common import PROBLEM, AsJson, Directory, print_json, size, stderr, stdout, what_went_wrong, when
 from moc_ckpt.errors import CheckpointNotFoundError, MocError, StaleAttemptError, StorageError
-from moc_ckpt.recovery.flush import Flush, flush_job
+from moc_ckpt.recovery.flush import flush_job
+from moc_ckpt.recovery.flush_plan import Flush
 from moc_ckpt.recovery.memory import open_memory
 from moc_ckpt.recovery.report import LayerLoss, RestoreCost, restore_cost
 from moc_ckpt.storage import verify as storage_verify

@@ -106,6 +106,16 @@ class Ownership:
         parts = (np.array(self.experts, dtype=np.int64), self.unit, self.rank, self.nbytes, self.dense)
         return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=8).hexdigest()
 
+    def owners_beside(self, rank: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Returns for every (layer, expert) that a rank writes a part of all ranks that do, ascending."""
+        mine = set(self.unit[self.rank == rank].tolist())
+        found: dict[int, list[int]] = {unit: [] for unit in sorted(mine)}
+        for unit, owner in zip(self.unit.tolist(), self.rank.tolist(), strict=True):
+            if unit in mine:
+                found[unit].append(owner)
+        places = [(layer, expert) for layer, count in enumerate(self.experts) for expert in range(count)]
+        return {places[unit]: tuple(sorted(ranks)) for unit, ranks in found.items()}
+
     def loads(self, units: Collection[int]) -> _Ints:
         """Returns the bytes [world] that each rank writes in a save of these units, dense state included."""
         chosen = np.zeros(self.offsets[-1], dtype=bool)

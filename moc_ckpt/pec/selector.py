@@ -58,6 +58,17 @@ class SaveHistory:
         first, last = self.marks[0], self.marks[-1]
         return tuple((new - old) / (len(self.marks) - 1) for old, new in zip(first, last, strict=True))
 
+    def with_saved(self, tokens: Mapping[tuple[int, int], int]) -> SaveHistory:
+        """Returns the history with newer versions of some experts stored, by a save that does not count as one.
+
+        Args:
+            tokens: (layer, expert) -> `learnt` tokens of the version.
+        """
+        saved = tuple(values.copy() for values in self.saved)
+        for (layer, expert), count in tokens.items():
+            saved[layer][expert] = count
+        return SaveHistory(self.rotation, self.ages, saved, self.marks)
+
     def to_data(self) -> dict[str, Any]:
         """Returns plain data for a manifest."""
         return {

@@ -19,7 +19,7 @@ from pathlib import Path
 from moc_ckpt.errors import MocError, StorageError
 from moc_ckpt.persist.committer import GRACE_S
 from moc_ckpt.persist.process import keep_memory_small, lower_priority
-from moc_ckpt.snapshot.places import agent_lock_path, agent_log_path, socket_path
+from moc_ckpt.snapshot.places import agent_lock_path, agent_log_path, node_name, socket_path
 
 __all__ = ["main"]
 
@@ -43,10 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--job", required=True, help="the job key")
     parser.add_argument("--linger", type=float, default=600.0, help="seconds to live on without trainers and work")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds before it commits for rank 0's agent")
-    parser.add_argument("--node", default=socket.gethostname(), help="name of this node")
+    parser.add_argument("--node", help="name of this node; otherwise MOC_NODE, else the host name")
     options = parser.parse_args(arguments)
     folder: Path = options.dir.absolute()
     try:
+        options.node = options.node or node_name()
         _check_folder(folder)
         lock = _take_lock(folder)
     except MocError as error:

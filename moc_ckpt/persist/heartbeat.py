@@ -31,7 +31,7 @@ class LockIdentity(msgspec.Struct, frozen=True):
 
     Attributes:
         run: id of the run, unique per start of the trainers.
-        host: host name, for people.
+        host: name of its node, for people.
         pid: process id.
         job: the job key.
     """
@@ -47,7 +47,7 @@ class LockRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         run: see `LockIdentity`.
-        host: host name.
+        host: name of its node.
         pid: process id.
         job: the job key.
         place: boot and pid namespace that the pid belongs to (`process.place`).

@@ -34,6 +34,8 @@ class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
             step of which the arena may hold a version.
         ledger: the lost-token ledger as plain data; rank 0 only, and None without MoE layers.
         rotation: where the snapshots' rotation is, as plain data; rank 0 only.
+        owners: expert unit -> all ranks whose arenas hold a part of it; for those that this rank's does. Whoever finds
+            some of the arenas knows by it which experts are whole there. Empty if nobody noted it.
     """
 
     step: int
@@ -45,6 +47,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
     learnt: dict[int, bytes]
     ledger: dict[str, Any] | None = None
     rotation: dict[str, Any] | None = None
+    owners: dict[str, list[int]] = {}
 
 
 def encode_record(record: SnapshotRecord) -> bytes:

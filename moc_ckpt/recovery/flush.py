@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from moc_ckpt.errors import StaleAttemptError, StorageError
+from moc_ckpt.errors import StorageError
 from moc_ckpt.pec.holdings import DirectoryVersions, Place, persist_history
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.pec.rotation import Rotation
@@ -26,21 +26,21 @@ from moc_ckpt.persist.source import FileSource
 from moc_ckpt.persist.survey import ask_agent
 from moc_ckpt.persist.writer import SaveId, build_part, write_prepared
 from moc_ckpt.plan.save_plan import DENSE, EXPERTS, PackPlan, SavePlan
-from moc_ckpt.recovery.memory import Inventory, JobMemory, RankMemory, open_memory
+from moc_ckpt.recovery.flush_plan import Flush, plan_flush
+from moc_ckpt.recovery.memory import JobMemory, RankMemory, open_memory
 from moc_ckpt.snapshot.arena import writer_pid
 from moc_ckpt.state.unit import Version, parse_expert_unit
-from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
-from moc_ckpt.storage.checkpoint import list_checkpoints, load_manifest, new_save_id
-from moc_ckpt.storage.commit import commit
+from moc_ckpt.storage.checkpoint import new_save_id
+from moc_ckpt.storage.commit import commit, commit_experts
 from moc_ckpt.storage.manifest import CommitInfo, Manifest, Part
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = [
-    "Flush",
+    "commit_flush",
     "flush_job",
-    "plan_flush",
     "tokens_of",
     "wait_for_agent",
+    "with_tokens",
     "write_parts",
 ]
 
@@ -52,111 +52,9 @@ _COMMIT_S = 5.0
 _DENSE_UNIT = "dense"
 
 
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """What memory has that the directory lacks.
-
-    Attributes:
-        url: the directory.
-        attempt: attempt of the run there.
-        step: of the dense state.
-        stored_step: step of the newest checkpoint of the run's timeline; None if there is none.
-        experts: expert unit -> step of the version to write.
-        world: number of ranks.
-        newest: the newest checkpoint of the timeline.
-        nbytes: bytes of the slots to write on this node; 0 until it is known.
-    """
-
-    url: str
-    attempt: int
-    step: int
-    stored_step: int | None
-    experts: Mapping[str, int]
-    world: int
-    newest: Manifest | None
-    nbytes: int = 0
-
-    @property
-    def tag(self) -> str:
-        """Tag of the checkpoint that it makes: the one that storage has of this step, if there is one."""
-        same = self.newest is not None and self.newest.step == self.step and not self.newest.kept
-        return self.newest.tag if same and self.newest is not None else f"global_step{self.step}"
-
-
-def plan_flush(memory: Inventory, store: Store) -> Flush | None:
-    """Finds what memory has that a directory lacks; writes nothing.
-
-    Args:
-        memory: what the nodes hold.
-        store: the checkpoint root.
-
-    Returns:
-        What to write; None if the directory has all of it.
-
-    Raises:
-        StorageError: if memory holds no whole state for this directory: says why.
-        StaleAttemptError: if a later run owns the directory.
-    """
-    if memory.url is None or memory.attempt is None:
-        raise StorageError(
-            "what memory holds has not been saved into any directory since the run began or restored, "
-            "so nobody knows which timeline it belongs to",
-            where=store.url,
-            fix="the newest checkpoint on storage is what there is; set save_dir, so that runs save early",
-        )
-    if open_store(memory.url).url != store.url:
-        raise StorageError(
-            f"what memory holds belongs to {memory.url}", where=store.url, fix="name that directory instead"
-        )
-    if memory.absent:
-        raise StorageError(
-            f"the memory of ranks {', '.join(map(str, memory.absent))} of {memory.world} is not here, "
-            "and dense state is sharded over all",
-            where=store.url,
-            fix="where their node is lost, the newest checkpoint on storage is what there is",
-        )
-    chosen = memory.choose()
-    if chosen is None:
-        raise StorageError(
-            "memory holds no snapshot that is whole on every rank",
-            where=store.url,
-            fix="the newest checkpoint on storage is what there is",
-        )
-    newest_attempt = current_attempt(store)
-    if newest_attempt is None or newest_attempt.attempt != memory.attempt:
-        raise StaleAttemptError(
-            f"what memory holds is of attempt {memory.attempt}; the directory belongs to "
-            f"{f'attempt {newest_attempt.attempt}' if newest_attempt else 'nobody'}",
-            where=store.url,
-            fix="a later run went on from an older state; what it saved is what counts",
-        )
-    newest, stored = _stored(store, memory.attempt, chosen.step)
-    experts = {unit: step for unit, step in chosen.experts.items() if step > stored.get(unit, -1)}
-    if newest is not None and newest.step >= chosen.step and not experts:
-        return None
-    stored_step = newest.step if newest is not None else None
-    return Flush(store.url, memory.attempt, chosen.step, stored_step, experts, memory.world, newest)
-
-
-def _stored(store: Store, attempt: int, step: int) -> tuple[Manifest | None, dict[str, int]]:
-    """Returns the newest checkpoint of a timeline, and the step of each expert's newest version there up to `step`."""
-    line = ancestry(store, attempt)
-    newest: Manifest | None = None
-    found: dict[str, int] = {}
-    for summary in list_checkpoints(store):
-        if summary.error or not admissible((summary.attempt, summary.step), line):
-            continue
-        manifest = load_manifest(store, summary.tag)
-        newest = newest or manifest
-        for unit in manifest.units:
-            if parse_expert_unit(unit.name) is not None and unit.step <= step and admissible(unit.version, line):
-                found[unit.name] = max(unit.step, found.get(unit.name, -1))
-    return newest, found
-
-
 def _with_bytes(flush: Flush, memory: JobMemory) -> Flush:
     """Returns a flush that knows how many bytes of it are in this memory."""
-    wanted = {(_DENSE_UNIT, flush.step), *flush.experts.items()}
+    wanted = {*([(_DENSE_UNIT, flush.step)] if flush.dense else []), *flush.experts.items()}
     slots = (item for rank in memory.ranks.values() for item in rank.slots.items())
     return replace(flush, nbytes=sum(slot.nbytes for key, slot in slots if key in wanted))
 
@@ -207,7 +105,7 @@ def flush_job(
             return flush, None
         save_id = new_save_id()
         write_parts(memory, store, flush, save_id, tokens_of(memory, flush), progress)
-        return flush, commit(store, flush.tag, save_id, attempt=flush.attempt)
+        return flush, commit_flush(store, flush, save_id)
 
 
 def _refuse_living(memory: JobMemory) -> None:
@@ -262,8 +160,52 @@ def wait_for_agent(folder: Path, deadline_s: float, tell: Callable[[list[int]], 
 
 
 def tokens_of(memory: JobMemory, flush: Flush) -> dict[str, int]:
-    """Returns the tokens that each expert's version of a flush has learnt; rank 0's memory knows them."""
-    return _tokens(memory.ranks[0].record(flush.step), flush.experts)
+    """Returns the tokens that each expert's version of a flush has learnt, as far as this node knows them.
+
+    Of a flush with dense state rank 0's memory knows them all; otherwise the memory of whoever holds a part of it does.
+    """
+    if flush.dense:
+        return _tokens(memory.ranks[0].record(flush.step), flush.experts) if 0 in memory.ranks else {}
+    found: dict[str, int] = {}
+    for rank in memory.ranks.values():
+        for unit, step in flush.experts.items():
+            if unit not in found and (unit, step) in rank.slots and (tokens := rank.learnt(unit, step)) is not None:
+                found[unit] = tokens
+    return found
+
+
+def with_tokens(flush: Flush, tokens: Mapping[str, int]) -> Flush:
+    """Returns a flush without those experts whose version nobody has counted the tokens of, if it only completes one.
+
+    Without a count they would be charged to the PLT as if they had learnt nothing. Pure.
+    """
+    if flush.dense or flush.newest is None or flush.newest.ledger is None:
+        return flush
+    return replace(flush, experts={unit: step for unit, step in flush.experts.items() if unit in tokens})
+
+
+def commit_flush(store: Store, flush: Flush, save_id: str, tokens: Mapping[str, int] | None = None) -> Manifest:
+    """Publishes a flush once all nodes have written what they have of it.
+
+    Args:
+        store: the checkpoint root.
+        flush: what was written.
+        save_id: of all nodes.
+        tokens: of `tokens_of`, of all nodes; for a flush without dense state.
+
+    Raises:
+        MocError: as `storage.commit.commit`.
+    """
+    if flush.dense or flush.newest is None:
+        return commit(store, flush.tag, save_id, attempt=flush.attempt)
+    ledger = flush.newest.ledger
+    if ledger is not None and "history" in ledger:
+        counts = [layer.num_experts for layer in flush.newest.moe_layers]
+        history = SaveHistory.from_data(ledger["history"], counts).with_saved(
+            {place: tokens[unit] for unit in flush.experts if tokens and (place := _place(unit)) is not None}
+        )
+        ledger = {**ledger, "history": history.to_data()}
+    return commit_experts(store, flush.newest, save_id, attempt=flush.attempt, ledger=ledger)
 
 
 def write_parts(
@@ -290,8 +232,10 @@ def write_parts(
     done = [0]
 
     def write(rank: RankMemory) -> None:
-        record = rank.record(flush.step)
-        info = _commit_info(rank, record, flush) if rank.rank == 0 else None
+        if not flush.dense and not any(key in rank.slots for key in flush.experts.items()):
+            return
+        record = rank.record(flush.step) if flush.dense else None
+        info = _commit_info(rank, record, flush) if rank.rank == 0 and record is not None else None
         part, packs, extras = _part(rank, record, flush, save_id, tokens, info)
         sources = [FileSource(rank.arena.array, spans) for spans in packs]
         written = write_prepared(store, part, sources, extras, threads=_THREADS)
@@ -306,7 +250,7 @@ def write_parts(
 
 def _part(
     rank: RankMemory,
-    record: SnapshotRecord,
+    record: SnapshotRecord | None,
     flush: Flush,
     save_id: str,
     tokens: Mapping[str, int],
@@ -314,10 +258,10 @@ def _part(
 ) -> tuple[Part, list[list[tuple[int, int, int]]], dict[str, bytes]]:
     packs: list[PackPlan] = []
     spans: list[list[tuple[int, int, int]]] = []
-    declared = {item.key: (item.dtype, item.shape) for item in record.hollow}
+    declared = {item.key: (item.dtype, item.shape) for item in (record.hollow if record is not None else ())}
     own = {unit: step for unit, step in flush.experts.items() if (unit, step) in rank.slots}
     groups: Sequence[tuple[str, list[tuple[str, int]]]] = (
-        (DENSE, [(_DENSE_UNIT, flush.step)] if (_DENSE_UNIT, flush.step) in rank.slots else []),
+        (DENSE, [(_DENSE_UNIT, flush.step)] if flush.dense and (_DENSE_UNIT, flush.step) in rank.slots else []),
         # In the order of memory, so that a pack is few long runs.
         (EXPERTS, sorted(own.items(), key=lambda item: rank.slots[item].extents)),
     )
@@ -331,7 +275,7 @@ def _part(
         for item in units:
             for _, fragment in item.fragments:
                 declared[fragment.key] = (fragment.dtype, fragment.shape)
-    files = rank.files(flush.step)
+    files = rank.files(flush.step) if record is not None else {}
     optimizer = files.pop("optimizer", b"")
     # What commits and parts carry is no file of a checkpoint.
     extras = {name: data for name, data in files.items() if name not in ("state", "record")}
@@ -341,8 +285,8 @@ def _part(
         declared,
         tokens={unit: tokens[unit] for unit in own if unit in tokens},
         versions={unit: Version(flush.attempt, step) for unit, step in own.items()},
-        parameters=record.parameters,
-        rng=record.rng,
+        parameters=record.parameters if record is not None else 0,
+        rng=record.rng if record is not None else {},
         optimizer=optimizer,
         commit=info,
     )

@@ -11,7 +11,7 @@ import msgspec
 
 from moc_ckpt.errors import CorruptionError, MocError, StorageError
 from moc_ckpt.persist.slot_packs import SlotUnit
-from moc_ckpt.persist.snapshot_record import RECORD, SnapshotRecord, decode_record
+from moc_ckpt.persist.snapshot_record import RECORD, SnapshotRecord, decode_record, unpack_learnt
 from moc_ckpt.snapshot.arena import Arena
 from moc_ckpt.snapshot.places import find_arenas
 from moc_ckpt.snapshot.slots import Slot, SlotState
@@ -25,6 +25,7 @@ __all__ = [
     "MemoryVersions",
     "RankMemory",
     "choose",
+    "choose_newer",
     "join",
     "open_memory",
 ]
@@ -42,11 +43,13 @@ class MemoryVersions:
         dense: of its dense state; empty if it has none to write.
         extra: of the state beside tensors. It is written last, so a snapshot without it is not whole on this rank.
         experts: of each expert unit of which the rank holds a part.
+        owners: all ranks that hold a part of each of these; empty where that is not known.
     """
 
     dense: frozenset[int]
     extra: frozenset[int]
     experts: Mapping[str, frozenset[int]]
+    owners: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,38 @@ def choose(ranks: Mapping[int, MemoryVersions], world: int) -> MemoryChoice | No
             shared[unit] = shared[unit] & steps if unit in shared else steps
     found = {unit: max((at for at in steps if at <= step), default=None) for unit, steps in shared.items()}
     return MemoryChoice(step, {unit: at for unit, at in sorted(found.items()) if at is not None})
+
+
+def choose_newer(
+    ranks: Mapping[int, MemoryVersions], world: int, step: int, stored: Mapping[str, int]
+) -> dict[str, int]:
+    """Finds the experts that memory has newer than a checkpoint, where memory's own dense state is not whole. Pure.
+
+    Args:
+        ranks: what the memory of each reachable rank holds; others may be lost.
+        world: number of ranks of the run.
+        step: of the checkpoint's dense state (invariant I3).
+        stored: expert unit -> step of the newest version on storage.
+
+    Returns:
+        Expert unit -> step of its newest version not after `step` that is whole: every owner of a part of it is here
+        and has that version. Experts whose owners nobody knows count only if no rank is lost.
+    """
+    complete = set(ranks) == set(range(world))
+    found: dict[str, int] = {}
+    for unit in sorted({unit for rank in ranks.values() for unit in rank.experts}):
+        holders = {number for number, rank in ranks.items() if unit in rank.experts}
+        told = {rank.owners[unit] for rank in ranks.values() if unit in rank.owners}
+        if len(told) > 1 or not (told or complete):
+            continue
+        owners = next(iter(told), frozenset(holders))
+        if not owners <= holders:
+            continue
+        steps = frozenset.intersection(*(ranks[owner].experts[unit] for owner in owners))
+        newest = max((at for at in steps if at <= step), default=None)
+        if newest is not None and newest > stored.get(unit, -1):
+            found[unit] = newest
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +190,11 @@ class RankMemory:
     arena: Arena
     rank: int
     slots: dict[tuple[str, int], Slot] = field(default_factory=dict)
-    _files: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    _records: dict[int, SnapshotRecord] = field(default_factory=dict)
 
     @property
     def versions(self) -> MemoryVersions:
-        """What it holds."""
+        """What it holds, with owners where the newest snapshot tells of them."""
         experts: dict[str, set[int]] = {}
         for unit, step in self.slots:
             if parse_expert_unit(unit) is not None:
@@ -168,7 +203,34 @@ class RankMemory:
             frozenset(step for unit, step in self.slots if unit == _DENSE),
             frozenset(step for unit, step in self.slots if unit == _EXTRA),
             {unit: frozenset(steps) for unit, steps in experts.items()},
+            self._owners(),
         )
+
+    def _owners(self) -> dict[str, frozenset[int]]:
+        newest = max((step for unit, step in self.slots if unit == _EXTRA), default=None)
+        if newest is None:
+            return {}
+        try:
+            return {unit: frozenset(ranks) for unit, ranks in self.record(newest).owners.items()}
+        except MocError:  # whoever needs the record will say so
+            return {}
+
+    def learnt(self, unit: str, step: int) -> int | None:
+        """Returns the tokens that a version of an expert has learnt, from any snapshot that tells; None if none does.
+
+        Records name the versions that count at their step; one that is kept for a commit is in that commit's.
+        """
+        place = parse_expert_unit(unit)
+        for at in sorted({at for name, at in self.slots if name == _EXTRA and at >= step}) if place else ():
+            try:
+                record = self.record(at)
+                counts = [layer.num_experts for layer in record.moe_layers]
+                packed = {key: data for key, data in record.learnt.items() if key == step}
+                if packed and place is not None:
+                    return int(unpack_learnt(packed, counts)[step][place[0]][place[1]])
+            except (MocError, IndexError):
+                continue
+        return None
 
     def unit(self, unit: str, step: int) -> SlotUnit:
         """Returns what a slot holds.
@@ -207,14 +269,16 @@ class RankMemory:
         Raises:
             StorageError: if it has none, or it cannot be read.
         """
-        data = self.files(step).get(RECORD)
-        if data is None:
-            raise StorageError(
-                "the snapshot has no record of its run",
-                where=str(self.arena.path),
-                fix="it was made by an older moc_ckpt; recover with that version",
-            )
-        return decode_record(data, str(self.arena.path))
+        if step not in self._records:
+            data = self.files(step).get(RECORD)
+            if data is None:
+                raise StorageError(
+                    "the snapshot has no record of its run",
+                    where=str(self.arena.path),
+                    fix="it was made by an older moc_ckpt; recover with that version",
+                )
+            self._records[step] = decode_record(data, str(self.arena.path))
+        return self._records[step]
 
     def _damaged(self, slot: Slot, error: Exception) -> CorruptionError:
         return CorruptionError(

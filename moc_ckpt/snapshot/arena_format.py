@@ -104,7 +104,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         rank: the rank whose state it holds.
         world: number of ranks of the run.
         pid: process that made it.
-        node: host name.
+        node: name of its node.
         url: the save_dir that the attempt belongs to, once there is one.
         attempt: the attempt, once it is open.
         created: seconds since 1970.

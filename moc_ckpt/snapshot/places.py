@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from moc_ckpt.errors import StorageError
+from moc_ckpt.errors import ConfigError, StorageError
 
 __all__ = [
     "UNNAMED",
@@ -21,6 +22,8 @@ __all__ = [
     "find_arenas",
     "job_dir",
     "job_key",
+    "named_node",
+    "node_name",
     "parse_arena_path",
     "socket_path",
 ]
@@ -29,10 +32,37 @@ UNNAMED = "any."
 """What the keys of jobs begin with that have neither an id nor a directory: nobody can find them again."""
 
 _KEY_CHARS = 40
+_NODE_CHARS = 40
 _SOCKET_BYTES = 107  # sockaddr_un has 108, one of them for the end
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _ARENA = re.compile(r"^(?P<run>.+)\.rank_(?P<rank>\d{5,})\.arena\Z")
+
+
+def named_node(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns the name that MOC_NODE gives this node; None if it gives none.
+
+    Args:
+        environ: where MOC_NODE is looked up.
+
+    Raises:
+        ConfigError: if it is no safe file name of at most 40 characters.
+    """
+    name = environ.get("MOC_NODE", "").strip()
+    if not name:
+        return None
+    if len(name) > _NODE_CHARS or not _NAME.match(name):
+        raise ConfigError(
+            f"{name!r} is no name for a node",
+            where="MOC_NODE",
+            fix=f"give it at most {_NODE_CHARS} letters, digits, '.', '_' and '-', the first of them not a '.'",
+        )
+    return name
+
+
+def node_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Returns this node's name: MOC_NODE, else the host name. Errors as of `named_node`."""
+    return named_node(environ) or socket.gethostname()
 
 
 def job_key(save_dir: str | os.PathLike[str] | None, environ: Mapping[str, str] = os.environ) -> str:
@@ -71,8 +101,9 @@ def _address(save_dir: str) -> str:
 def job_dir(job: str, *, create: bool) -> Path:
     """Returns the directory of a job's arenas and agent: <base>/moc_ckpt-<uid>/<job>.
 
-    The base is $MOC_SHM_DIR, else /dev/shm. Whatever exists of the two directories must be a real directory, be this
-    user's and be closed to others, so that nobody else can read the state or put a file in its place.
+    The base is $MOC_SHM_DIR, else /dev/shm. Where MOC_NODE names the node it is <base>/moc_ckpt-<uid>.<node>/<job>: the
+    nodes of one machine find nothing of each other. Whatever exists of the two directories must be a real directory, be
+    this user's and be closed to others, so that nobody else can read the state or put a file in its place.
 
     Args:
         job: the job key.
@@ -81,19 +112,21 @@ def job_dir(job: str, *, create: bool) -> Path:
     Raises:
         StorageError: if a directory is a link, another user's or open to others, or cannot be made; or if the path
             leaves no room for the name of a Unix socket.
+        ConfigError: if MOC_NODE is no safe file name.
         ValueError: if the key is no safe file name.
     """
     if not _NAME.match(job):
         raise ValueError(f"{job!r} is no job key: it must be a file name of letters, digits, '.', '_' and '-'")
     base = Path(os.path.abspath(os.environ.get("MOC_SHM_DIR") or "/dev/shm"))  # noqa: PTH100 (links stay)
-    top = base / f"moc_ckpt-{os.getuid()}"
+    node = named_node()
+    top = base / (f"moc_ckpt-{os.getuid()}.{node}" if node else f"moc_ckpt-{os.getuid()}")
     folder = top / job
     too_long = len(os.fsencode(socket_path(folder))) - _SOCKET_BYTES
     if too_long > 0:
         raise StorageError(
             f"the path leaves no room for a Unix socket: it is {too_long} bytes too long",
             where=str(folder),
-            fix="name a shorter directory in MOC_SHM_DIR, or a shorter MOC_JOB_ID",
+            fix="name a shorter directory in MOC_SHM_DIR, or a shorter MOC_JOB_ID or MOC_NODE",
         )
     for path in (top, folder):
         if create:

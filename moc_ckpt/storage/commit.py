@@ -25,6 +25,7 @@ from moc_ckpt.storage.checkpoint import (
     manifest_key,
     parts_status,
     pointer_key,
+    read_extra,
     read_outcome,
     read_parts,
     write_extra,
@@ -32,7 +33,7 @@ from moc_ckpt.storage.checkpoint import (
     write_outcome,
 )
 from moc_ckpt.storage.manifest import Manifest, Part, encode_manifest
-from moc_ckpt.storage.merge import check_parts, commit_info, merge_parts, merge_state, missing_experts
+from moc_ckpt.storage.merge import check_parts, commit_info, complete_experts, merge_parts, merge_state, missing_experts
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store
 
@@ -41,6 +42,7 @@ __all__ = [
     "PartsStatus",
     "check_current",
     "commit",
+    "commit_experts",
     "finish_pointer",
     "is_interrupted",
     "parts_status",
@@ -109,6 +111,72 @@ def commit(
         if not done.kept:
             _move_latest(store, done, line)
             store.delete(pointer_key(tag, save_id))
+    return done
+
+
+def commit_experts(
+    store: Store,
+    base: Manifest,
+    save_id: str,
+    *,
+    attempt: int,
+    ledger: dict[str, object] | None,
+    timeout_s: float = 60.0,
+) -> Manifest:
+    """Publishes a checkpoint again, with newer versions of some experts, from parts that hold these alone.
+
+    Everything else of it stays what and where it is; its small files are copied, since retention removes those of
+    replaced saves. `latest` does not move. Holds the directory's lock; a save that is committed already is left as it
+    is.
+
+    Args:
+        store: the checkpoint root.
+        base: the checkpoint.
+        save_id: the save of the parts; they are those of its ranks that have something.
+        attempt: the attempt that commits; must be the newest one.
+        ledger: takes the place of the checkpoint's.
+        timeout_s: seconds to wait for the lock.
+
+    Returns:
+        The new manifest, under the same tag.
+
+    Raises:
+        StaleAttemptError: if a newer attempt owns the directory, or the tag was saved again meanwhile.
+        CoverageError: if the parts do not make whole experts.
+        CorruptionError: if a pack or a small file that it needs is missing or damaged.
+        StorageError: if the store cannot be written or the lock is taken.
+    """
+    with store.lock(LOCK, timeout_s):
+        check_current(store, attempt)
+        line = ancestry(store, attempt)
+        present = load_manifest(store, base.tag)
+        if present.save_id == save_id:
+            return present
+        if present.save_id != base.save_id:
+            raise StaleAttemptError(
+                f"checkpoint {base.tag} was saved again meanwhile",
+                where=store.locate(manifest_key(base.tag)),
+                fix="nothing is lost: what was saved there counts",
+            )
+        parts = [part for part in read_parts(store, base.tag, save_id) if part.save_id == save_id]
+        done = complete_experts(
+            present, parts, created=time.time(), is_admissible=lambda version: admissible(version, line)
+        )
+        with ThreadPoolExecutor(_CHECKS_AT_ONCE, thread_name_prefix="moc-commit") as workers:
+            copies = workers.map(
+                lambda item: write_extra(store, base.tag, save_id, item[0], read_extra(store, item[1])),
+                present.extra.items(),
+            )
+            extra = dict(zip(present.extra, copies, strict=True))
+        done = msgspec.structs.replace(done, extra=extra, ledger=ledger)
+        _check_files(store, done)
+        interrupted = is_interrupted(store, present)
+        if interrupted:
+            store.write(pointer_key(base.tag, save_id), b"")
+        store.write(manifest_key(base.tag), encode_manifest(done))
+        if interrupted:
+            _move_latest(store, done, line)
+            store.delete(pointer_key(base.tag, save_id))
     return done
 
 

@@ -23,7 +23,15 @@ from moc_ckpt.storage.manifest import (
     UnitRecord,
 )
 
-__all__ = ["check_parts", "commit_info", "merge_parts", "merge_state", "missing_experts", "replace_experts"]
+__all__ = [
+    "check_parts",
+    "commit_info",
+    "complete_experts",
+    "merge_parts",
+    "merge_state",
+    "missing_experts",
+    "replace_experts",
+]
 
 _R = TypeVar("_R")
 
@@ -235,6 +243,78 @@ def replace_experts(manifest: Manifest, sources: Mapping[str, Manifest]) -> Mani
     check_coverage(declared, ((keys[row[1]], row[3], row[4]) for row in rows))
     return msgspec.structs.replace(
         manifest,
+        units=units.records,
+        tensors=tensors.records,
+        packs=packs.records,
+        fragments=FragmentTable.from_rows(rows),
+    )
+
+
+def complete_experts(
+    manifest: Manifest,
+    parts: Sequence[Part],
+    *,
+    created: float,
+    is_admissible: Callable[[Version], bool] = lambda version: True,
+) -> Manifest:
+    """Makes the manifest of a checkpoint with newer versions of some experts, and checks it (invariants I1, I3).
+
+    Args:
+        manifest: the checkpoint.
+        parts: of those ranks that have something; of expert units alone.
+        created: time of the commit in seconds since 1970.
+        is_admissible: tells whether a version belongs to the current timeline.
+
+    Returns:
+        The manifest under the save id of the parts, with the small files and the ledger of the old one.
+
+    Raises:
+        CoverageError: if the parts are of another save or step, hold dense state or unknown experts, disagree, or leave
+            a hole.
+    """
+    if not parts:
+        raise CoverageError("no rank has finished its part of the save", fix="start the run again")
+    first = parts[0]
+    newer = {unit.name for part in parts for unit in part.units}
+    strangers = sorted(newer - {unit.name for unit in manifest.units if parse_expert_unit(unit.name) is not None})
+    same = {(part.save_id, part.tag, part.version) for part in parts} == {
+        (first.save_id, manifest.tag, manifest.version)
+    }
+    if strangers or not same:
+        raise CoverageError(
+            f"the parts do not belong to checkpoint {manifest.tag} of step {manifest.step}"
+            + (f": it has no expert {strangers[0]}" if strangers else ""),
+            where=f"{first.tag}/{first.save_id}",
+            fix="the checkpoint stays as it is; report this",
+        )
+    tensors = _Index[TensorRecord](lambda record: record.key, _tensor_clash)
+    units = _Index[UnitRecord](lambda record: record.name, _unit_clash)
+    packs = _Index[PackRecord](lambda record: record.path, _pack_clash)
+    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    unit_of = UnitMap(manifest.layers).unit_of
+    for tensor in manifest.tensors:
+        # What has no elements is in no slot and no part.
+        if 0 in tensor.shape or unit_of(tensor.fqn) not in newer:
+            tensors.add(tensor)
+    _add(manifest, {unit.name for unit in manifest.units} - newer, tensors, units, packs, rows)
+    for part in sorted(parts, key=lambda part: part.rank):
+        _add(part, None, tensors, units, packs, rows)
+    _check_versions(units.records, first, is_admissible)
+    before = manifest.versions()
+    if older := sorted(unit.name for unit in units.records if unit.version < before[unit.name]):
+        raise CoverageError(
+            f"the part's version of {older[0]} is older than the checkpoint's",
+            where=f"{first.tag}/{first.save_id}",
+            fix="the checkpoint stays as it is; report this",
+        )
+    keys = [tensor.key for tensor in tensors.records]
+    declared = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors.records}
+    check_experts(manifest.moe_layers, declared)
+    check_coverage(declared, ((keys[row[1]], row[3], row[4]) for row in rows))
+    return msgspec.structs.replace(
+        manifest,
+        save_id=first.save_id,
+        created=created,
         units=units.records,
         tensors=tensors.records,
         packs=packs.records,

@@ -92,17 +92,19 @@ def write_rank(
     publish: bool = True,
     save_latest: bool = True,
     versions: Mapping[tuple[int, int], tuple[int, int]] | None = None,
+    dense: bool = True,
 ) -> Part:
     """Writes one rank's packs, extra file and part of a save.
 
-    `versions` gives the (attempt, step) of experts whose bytes are older than the save.
+    `versions` gives the (attempt, step) of experts whose bytes are older than the save. Without dense state it is a
+    part that completes a checkpoint.
     """
     tensors: list[TensorRecord] = []
     units: list[UnitRecord] = []
     packs: list[PackRecord] = []
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     groups = {
-        "dense": [(dense_unit(DENSE[0]), DENSE[0], DENSE[1])],
+        "dense": [(dense_unit(DENSE[0]), DENSE[0], DENSE[1])] if dense else [],
         "experts": [(expert_unit(*place), expert_name(*place), EXPERT_SHAPE) for place in sorted(experts)],
     }
     for which, members in groups.items():
@@ -137,7 +139,9 @@ def write_rank(
     declared += [
         TensorRecord(expert_name(*place), kind, "float32", EXPERT_SHAPE) for place in EXPERTS for kind in KINDS
     ]
-    extra = {f"rng/{rank}": write_extra(store, tag, save_id, f"rng/{rank}", bytes([rank] * 9))}
+    if not dense:
+        declared = []
+    extra = {} if not dense else {f"rng/{rank}": write_extra(store, tag, save_id, f"rng/{rank}", bytes([rank] * 9))}
     part = Part(
         tag=tag,
         save_id=save_id,
@@ -154,7 +158,7 @@ def write_rank(
         parameters=275 if rank == 0 else 0,
         rng={"python": "same", "torch": f"of rank {rank}"},
         optimizer=msgspec.msgpack.encode([{"fqns": [f"rank {rank}"]}]),
-        commit=commit_info(save_latest) if rank == 0 else None,
+        commit=commit_info(save_latest) if rank == 0 and dense else None,
     )
     if publish:
         write_part(store, part)

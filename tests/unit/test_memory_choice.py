@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moc_ckpt.errors import StorageError
 from moc_ckpt.recovery import flush
-from moc_ckpt.recovery.memory import MemoryChoice, MemoryVersions, choose
+from moc_ckpt.recovery.memory import MemoryChoice, MemoryVersions, choose, choose_newer
 
 STEPS = st.frozensets(st.integers(1, 6), max_size=5)
 UNITS = ("expert/0/0", "expert/0/1", "expert/1/0")
@@ -65,6 +65,55 @@ def test_half_an_expert_does_not_count() -> None:
     one = MemoryVersions(frozenset({4}), frozenset({4}), {"expert/0/0": frozenset({2, 4})})
     other = MemoryVersions(frozenset({4}), frozenset({4}), {"expert/0/0": frozenset({2, 3})})
     assert choose({0: one, 1: other}, 2) == MemoryChoice(4, {"expert/0/0": 2})
+
+
+@st.composite
+def remains(draw: st.DrawFn) -> tuple[dict[int, MemoryVersions], int, dict[str, set[int]], int, dict[str, int]]:
+    """What is left of a world: its ranks, the world, who owned what, a commit's step, and what storage has."""
+    world = draw(st.integers(1, 4))
+    owners = {unit: draw(st.sets(st.integers(0, world - 1), min_size=1)) for unit in UNITS}
+    here = draw(st.sets(st.integers(0, world - 1)))
+    # A record may be lost, or from before there were owners in it.
+    tells = draw(st.sets(st.sampled_from(sorted(here)))) if here else set()
+    ranks = {}
+    for rank in sorted(here):
+        mine = [unit for unit in UNITS if rank in owners[unit]]
+        # An arena may have lost all versions of an expert.
+        held = {unit: steps for unit in mine if (steps := draw(STEPS)) or draw(st.booleans())}
+        told = {unit: frozenset(owners[unit]) for unit in mine} if rank in tells else {}
+        ranks[rank] = MemoryVersions(draw(STEPS), draw(STEPS), held, told)
+    stored = {unit: draw(st.integers(0, 6)) for unit in draw(st.sets(st.sampled_from(UNITS)))}
+    return ranks, world, owners, draw(st.integers(0, 7)), stored
+
+
+@settings(max_examples=800, deadline=None)
+@given(remains())
+def test_experts_of_a_world_that_lost_ranks(
+    case: tuple[dict[int, MemoryVersions], int, dict[str, set[int]], int, dict[str, int]],
+) -> None:
+    ranks, world, owners, step, stored = case
+    found = choose_newer(ranks, world, step, stored)
+    for unit in UNITS:
+        told = any(unit in rank.owners for rank in ranks.values())
+        if not told and len(ranks) == world:
+            # All are here, so whoever has some of it are its owners.
+            real = {number for number, rank in ranks.items() if unit in rank.experts}
+        else:
+            real = owners[unit] if told else {-1}
+        promised = [
+            at
+            for at in range(step, stored.get(unit, -1), -1)
+            if real and all(owner in ranks and at in ranks[owner].experts.get(unit, ()) for owner in real)
+        ]
+        assert found.get(unit) == (promised[0] if promised else None)
+
+
+def test_owners_that_contradict_each_other_count_for_nothing() -> None:
+    steps = {"expert/0/0": frozenset({3})}
+    one = MemoryVersions(frozenset(), frozenset(), steps, {"expert/0/0": frozenset({0})})
+    other = MemoryVersions(frozenset(), frozenset(), steps, {"expert/0/0": frozenset({0, 1})})
+    assert choose_newer({0: one}, 3, 4, {}) == {"expert/0/0": 3}
+    assert choose_newer({0: one, 1: other}, 3, 4, {}) == {}
 
 
 class Answer:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import stat
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moc_ckpt.errors import StorageError
+from moc_ckpt.errors import ConfigError, StorageError
 from moc_ckpt.snapshot.places import (
     agent_lock_path,
     agent_log_path,
@@ -16,6 +18,8 @@ from moc_ckpt.snapshot.places import (
     find_arenas,
     job_dir,
     job_key,
+    named_node,
+    node_name,
     parse_arena_path,
     socket_path,
 )
@@ -159,6 +163,31 @@ def test_a_socket_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_keys_that_are_no_file_names_are_refused(base: Path, job: str) -> None:
     with pytest.raises(ValueError, match="is no job key"):
         job_dir(job, create=True)
+    assert list(base.iterdir()) == []
+
+
+def test_nodes_of_one_machine_have_directories_apart(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOC_NODE", raising=False)
+    assert node_name() == socket.gethostname() and named_node() is None
+    folders = [job_dir("job", create=True)]
+    for name in ("a", "b", "node-7_b.x"):
+        monkeypatch.setenv("MOC_NODE", name)
+        assert node_name() == named_node() == name
+        folders.append(job_dir("job", create=True))
+    assert len({folder.parent for folder in folders}) == 4
+    assert folders[-1] == base / f"moc_ckpt-{os.getuid()}.node-7_b.x" / "job"
+    assert all(stat.S_IMODE(folder.parent.stat().st_mode) == 0o700 for folder in folders)
+    monkeypatch.setenv("MOC_NODE", " ")
+    assert job_dir("job", create=False) == folders[0]
+
+
+@pytest.mark.parametrize("name", ["..", ".a", "a/b", "a b", "ä", "a\n b", "x" * 41])
+def test_node_names_that_are_no_file_names_are_refused(base: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("MOC_NODE", name)
+    for look in (named_node, node_name, lambda: job_dir("job", create=True)):
+        with pytest.raises(ConfigError, match="no name for a node") as info:
+            look()
+        assert info.value.where == "MOC_NODE"
     assert list(base.iterdir()) == []
 
 

@@ -133,6 +133,8 @@ class Background:
         self._rank, self._world = moc.comm.rank, moc.comm.world
         self._empty = encode_client_state({}, trust=False) if self._rank == 0 else b""
         self._topology, self._layers = topology(moc), moe_layers(moc)
+        owners = host.ownership.owners_beside(self._rank)
+        self._owners = {expert_unit(*place): list(ranks) for place, ranks in owners.items()}
         self._known_hollow: tuple[LiveState, list[TensorRecord]] | None = None
         self.learnt: dict[int, Sequence[np.ndarray]] = {}
 
@@ -301,6 +303,7 @@ class Background:
                 learnt={step: pack_learnt(learnt) for step, learnt in self.learnt.items()},
                 ledger=ledger.to_data() if first and ledger.processed else None,
                 rotation=current.rotation.to_data() if first else None,
+                owners=self._owners,
             )
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +14,7 @@ from moc_ckpt.pec.selector import Selection
 from moc_ckpt.persist.heartbeat import DirectoryLock, LockIdentity
 from moc_ckpt.persist.process import launch_command
 from moc_ckpt.persist.writer import SaveId
+from moc_ckpt.snapshot.places import node_name
 from moc_ckpt.state.unit import Version
 from moc_ckpt.storage.attempts import Attempt, has_attempt, open_attempt
 from moc_ckpt.storage.base import Base, UnitTensors, open_base
@@ -200,7 +200,7 @@ class Directories:
         """Keeps other runs out of a directory while this process lives; rank 0 only."""
         if store.url not in self._locks and self._moc.pipeline is not None:
             host = self._moc.pipeline.host
-            identity = LockIdentity(run=host.run, host=socket.gethostname(), pid=os.getpid(), job=host.job)
+            identity = LockIdentity(run=host.run, host=node_name(), pid=os.getpid(), job=host.job)
             lock = DirectoryLock(store, identity)
             lock.acquire(self._config.timeouts.rendezvous_s)
             self._locks[store.url] = lock
@@ -213,7 +213,7 @@ class Directories:
             if not has_attempt(store, attempt.attempt, attempt.id):
                 raise StorageError(
                     "this rank does not see what rank 0 wrote into the save directory",
-                    where=f"{save_dir} on host {socket.gethostname()}",
+                    where=f"{save_dir} on node {node_name()}",
                     fix="save into a directory that all nodes share, and check that it is mounted on this one",
                 )
             return store

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,7 +24,7 @@ from moc_ckpt.persist.client import AgentClient
 from moc_ckpt.persist.protocol import PROTOCOL, Event, Hello
 from moc_ckpt.plan.arena_size import ArenaNeed, apply_budget, arena_need
 from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity
-from moc_ckpt.snapshot.places import UNNAMED, arena_path, job_dir, job_key
+from moc_ckpt.snapshot.places import UNNAMED, arena_path, job_dir, job_key, named_node, node_name
 from moc_ckpt.snapshot.stager import Stager, register, unregister
 from moc_ckpt.votes import Votes
 
@@ -86,9 +85,11 @@ class Host:
         self._comm = comm
         self._made: Arena | None = None
         self._closed = False
-        node = _node()
-        nodes = comm.exchange("finding the ranks of each node", lambda: node)
-        local_rank, self._neighbours = nodes[: comm.rank].count(node), nodes.count(node)
+        homes = comm.exchange("finding the ranks of each node", Home.here)
+        check_homes(homes)
+        home = homes[comm.rank]
+        local_rank = homes[: comm.rank].count(home)
+        self._neighbours = sum(home.memory == other.memory for other in homes)
         self._windows: dict[tuple[int, ...], int] = {}
         self._world = comm.world
         self._folder = comm.agree("making the job's directory", lambda: job_dir(job, create=True), wait="rendezvous")
@@ -101,7 +102,7 @@ class Host:
             self.keep_committed = need.keep_committed
             if config.host.keep_committed and not need.keep_committed:
                 logger.warning("rank %d has no memory for what the last commit holds (host.keep_committed)", comm.rank)
-            self.predecessor.make_room(comm, node, need.total)
+            self.predecessor.make_room(comm, home.memory, need.total)
             self._connect(moc, need, local_rank)
             self.predecessor.finish(comm)
         except BaseException:
@@ -270,7 +271,7 @@ class Host:
             rank=self._rank,
             world=self._world,
             pid=os.getpid(),
-            node=socket.gethostname(),
+            node=node_name(),
             url=self._config.save_dir,
             attempt=None,
             created=time.time(),
@@ -323,13 +324,51 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _node() -> str:
-    """Names this node, so that ranks on one find each other: containers share a kernel but not a /dev/shm."""
-    shared = Path(os.environ.get("MOC_SHM_DIR", "/dev/shm"))
-    with suppress(OSError):
-        place = shared.stat()
-        return f"{place.st_dev}:{place.st_ino}/{socket.gethostname()}/{_boot_id()}"
-    return f"{shared}/{socket.gethostname()}/{_boot_id()}"
+class Home(NamedTuple):
+    """Where a rank lives: ranks of one node have equal ones.
+
+    Attributes:
+        name: name of the node.
+        given: MOC_NODE gave that name.
+        memory: the shared memory that it uses, which several nodes of one machine may have in common.
+    """
+
+    name: str
+    given: bool
+    memory: str
+
+    @classmethod
+    def here(cls) -> Home:
+        """Returns that of this process. Containers may share a kernel, but not a /dev/shm.
+
+        Raises:
+            ConfigError: if MOC_NODE is no safe file name.
+        """
+        shared = os.environ.get("MOC_SHM_DIR") or "/dev/shm"
+        with suppress(OSError):
+            place = Path(shared).stat()
+            shared = f"{place.st_dev}:{place.st_ino}"
+        return cls(node_name(), named_node() is not None, f"{shared}/{_boot_id()}")
+
+
+def check_homes(homes: Sequence[Home]) -> None:
+    """Refuses one MOC_NODE on several machines: agents of both would write into one event log.
+
+    Args:
+        homes: of every rank.
+
+    Raises:
+        ConfigError: naming two of the ranks.
+    """
+    seen: dict[str, tuple[int, Home]] = {}
+    for rank, home in enumerate(homes):
+        first, other = seen.setdefault(home.name, (rank, home))
+        if home != other and (home.given or other.given):
+            raise ConfigError(
+                f"ranks {first} and {rank} are both on a node named {home.name!r}, but share no memory",
+                where="MOC_NODE",
+                fix="give every node a name of its own, or leave MOC_NODE unset, which takes the host name",
+            )
 
 
 def _boot_id() -> str:

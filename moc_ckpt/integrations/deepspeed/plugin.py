@@ -27,6 +27,7 @@ from moc_ckpt.integrations.deepspeed.view import EngineView
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.plan.coverage import check_coverage, check_experts
 from moc_ckpt.recovery.held import HeldMemory
+from moc_ckpt.snapshot.places import node_name
 from moc_ckpt.state.catalog import Catalog
 from moc_ckpt.state.fragment import MASTER, WEIGHT, TensorKey
 from moc_ckpt.storage.base import unit_tensors
@@ -339,6 +340,7 @@ class MocCheckpoint:
 
     def _build_view(self) -> EngineView:
         check_engine(self.engine)
+        node_name()  # a name that cannot be used is refused before anything is made
         return EngineView(self.engine)
 
     def _build_pec(self) -> PartialExperts:

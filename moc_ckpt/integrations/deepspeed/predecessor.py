@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -18,13 +18,13 @@ from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import StorageError
 from moc_ckpt.recovery.ahead import Ahead
-from moc_ckpt.recovery.flush import Flush, plan_flush, tokens_of, wait_for_agent, write_parts
+from moc_ckpt.recovery.flush import commit_flush, tokens_of, wait_for_agent, with_tokens, write_parts
+from moc_ckpt.recovery.flush_plan import Flush, plan_restart
 from moc_ckpt.recovery.held import HeldMemory
 from moc_ckpt.recovery.memory import Inventory, JobMemory, join, open_memory
 from moc_ckpt.snapshot.arena import forsaken, writer_pid
 from moc_ckpt.snapshot.places import find_arenas
 from moc_ckpt.storage.checkpoint import new_save_id
-from moc_ckpt.storage.commit import commit
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["Predecessor"]
@@ -87,7 +87,7 @@ class Predecessor:
                 if memory is not None and memory.inventory.run != joined.run:
                     memory = None
                 planned = _Step(comm, "planning what memory brings to storage").first(
-                    lambda: (plan_flush(joined, store), new_save_id())
+                    lambda: (_plan(joined, store), new_save_id())
                 )
                 if planned is not None and planned[0] is not None:
                     self._pending = _begin(comm, memory, store, planned[0], planned[1], stack.pop_all())
@@ -106,26 +106,26 @@ class Predecessor:
                 step = _Step(comm, "committing what memory held").first(pending.commit)
                 if step is not None and comm.rank == 0:
                     logger.info(
-                        "RECOVERED from the memory of the last run: step %d and %d experts newer than storage "
-                        "are now %s",
+                        "RECOVERED from the memory of the last run: %s %d and %d experts newer than storage are now %s",
+                        "step" if pending.flush.dense else "stored step",
                         step,
                         len(pending.flush.experts),
                         pending.flush.tag,
                     )
         self._remove(comm)
 
-    def make_room(self, comm: Comm, node: str, need: int) -> None:
+    def make_room(self, comm: Comm, place: str, need: int) -> None:
         """Lets go of old memory where the new arenas do not fit beside it; collective.
 
         Args:
             comm: all ranks.
-            node: name of this rank's node.
+            place: the shared memory that this rank uses; equal for ranks that have it in common.
             need: bytes of the arena that this rank is going to make.
         """
-        replies = comm.exchange("agreeing on room", lambda: (node, need, self.held is not None))
+        replies = comm.exchange("agreeing on room", lambda: (place, need, self.held is not None))
         if not any(held for _, _, held in replies):
             return
-        wanted = sum(nbytes for name, nbytes, _ in replies if name == node)
+        wanted = sum(nbytes for other, nbytes, _ in replies if other == place)
 
         def fits() -> bool:
             return self.held is None or wanted <= _ROOM_SHARE * shutil.disk_usage(self._folder).free
@@ -252,12 +252,22 @@ class _Pending:
         store: the checkpoint root.
         flush: what is written, on all nodes.
         save_id: of all nodes.
+        tokens: what the versions of its experts have learnt.
         stack: the memory, closed at the end.
         write: writes this node's part.
     """
 
-    def __init__(self, store: Store, flush: Flush, save_id: str, stack: ExitStack, write: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        flush: Flush,
+        save_id: str,
+        tokens: Mapping[str, int],
+        stack: ExitStack,
+        write: Callable[[], None],
+    ) -> None:
         self.flush = flush
+        self._tokens = tokens
         self._store = store
         self._save_id = save_id
         self._stack = stack
@@ -270,7 +280,7 @@ class _Pending:
 
     def commit(self) -> int:
         """Commits what all nodes have written; returns its step."""
-        return commit(self._store, self.flush.tag, self._save_id, attempt=self.flush.attempt).step
+        return commit_flush(self._store, self.flush, self._save_id, self._tokens).step
 
     def __enter__(self) -> None:
         pass
@@ -285,18 +295,39 @@ def _begin(
 ) -> _Pending | None:
     """Begins to write what memory has that the directory lacks; collective. Closes the stack if it does not."""
     counts = _Step(comm, "reading what experts have learnt").all(
-        lambda: tokens_of(memory, flush) if memory is not None and 0 in memory.ranks else None
+        lambda: tokens_of(memory, flush) if memory is not None else {}
     )
     if counts is None:
         stack.close()
         return None
-    tokens = next(item for item in counts if item is not None)
+    tokens = {unit: count for found in counts for unit, count in (found or {}).items()}
+    flush = with_tokens(flush, tokens)
+    if not flush.experts and not flush.dense:
+        stack.close()
+        return None
 
     def write() -> None:
         if memory is not None:
             write_parts(memory, store, flush, save_id, tokens)
 
-    return _Pending(store, flush, save_id, stack, write)
+    return _Pending(store, flush, save_id, tokens, stack, write)
+
+
+def _plan(memory: Inventory, store: Store) -> Flush | None:
+    """Finds what memory brings to storage, and says so where it cannot be all of the newest state."""
+    flush = plan_restart(memory, store)
+    if flush is not None and not flush.dense:
+        absent = ", ".join(map(str, memory.absent))
+        logger.warning(
+            "%s: the run goes on from %s (step %d), and %d experts from newer versions in memory than that has",
+            f"the memory of ranks {absent} of {memory.world} is not here, and dense state is sharded over all"
+            if absent
+            else "memory holds no whole state that is newer than storage",
+            flush.tag,
+            flush.step,
+            len(flush.experts),
+        )
+    return flush
 
 
 class _Step:
