@@ -112,6 +112,15 @@ ROWS = {
     "aligned": row_of("z2_bf16_aligned"),
     "data_first": row_of("z2_bf16_data_first"),
     "client_adamw": row_of("z2_bf16_client_adamw"),
+    "z1_fp16": row_of("z2_fp16", stage=1),
+    "adam": row_of("z2_bf16_client_adamw", optimizer="client_adam"),
+    "amsgrad": row_of("z1_fp32_amsgrad"),
+    "sgd": row_of("z2_bf16_sgd"),
+    "plain_sgd": row_of("z2_bf16_sgd", optimizer="client_plain_sgd"),
+    "cpu_adam": row_of("z2_bf16_cpu_adam"),
+    "z1_cpu_adam": row_of("z2_bf16_cpu_adam", stage=1),
+    "fp16_cpu_adam": row_of("z2_bf16_cpu_adam", dtype="fp16", poison=(2, 8)),
+    "fused": row_of(optimizer="fused"),
 }
 
 
@@ -121,7 +130,7 @@ def test_deepspeed_alone_goes_on_from_each_kind(pool: Pool, ckpt_dir: str, name:
     pool.run(4, case_save, row=ROWS[name], path=ours, plugin=ON)
     verb("export", ours, native, "--to", "deepspeed")
     same_resume(pool, ROWS[name], 4, ours, native, ref)
-    if name in ("round_robin", "aligned", "data_first"):
+    if name in ("round_robin", "aligned", "data_first", "amsgrad", "sgd", "plain_sgd", "cpu_adam"):
         verb("export", ours, f"{native}2", "--to", "deepspeed", "--world", "2", "--ep", "1")
         same_resume(pool, ROWS[name].with_model(layers=uniform(1)), 2, ours, f"{native}2", ref)
 
@@ -212,6 +221,14 @@ IMPORTS = {
     "round_robin": row_of("z2_bf16_round_robin", frozen=False),
     "aligned": row_of("z2_bf16_aligned", frozen=False),
     "data_first": row_of("z2_bf16_data_first", frozen=False),
+    "z1_fp16": row_of("z2_fp16", stage=1),
+    "adam": row_of("z2_bf16_client_adamw", optimizer="client_adam", frozen=False),
+    "amsgrad": row_of("z1_fp32_amsgrad"),
+    "sgd": row_of("z2_bf16_sgd", frozen=False),
+    "plain_sgd": row_of("z2_bf16_sgd", optimizer="client_plain_sgd", frozen=False),
+    "cpu_adam": row_of("z2_bf16_cpu_adam", frozen=False),
+    "z1_cpu_adam": row_of("z2_bf16_cpu_adam", stage=1),
+    "fused": row_of(optimizer="fused", frozen=False),
 }
 
 
@@ -342,8 +359,10 @@ def test_the_plugin_says_how_to_load_deepspeeds_own(deepspeeds: str) -> None:
     assert status == 2 and "moc-ckpt import" in text
 
 
-def test_a_model_without_experts_goes_both_ways(pool: Pool, ckpt_dir: str) -> None:
-    row = zoo.ROWS["z2_bf16"].with_model(layers=(), rank_buffers=False)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "client_adagrad", "groups": 1}], ids=["adamw", "adagrad"])
+def test_a_model_without_experts_goes_both_ways(pool: Pool, ckpt_dir: str, changes: dict[str, Any]) -> None:
+    """With Adagrad too, which DeepSpeed can do with one param group only."""
+    row = zoo.ROWS["z2_bf16"].with_model(layers=(), rank_buffers=False, **changes)
     native, ours, again, ref = (f"{ckpt_dir}/{what}" for what in ("native", "ours", "again", "ref.pt"))
     pool.run(2, case_save, row=row, path=native, plugin=None)
     assert verb("import", native, ours)["experts"] == 0

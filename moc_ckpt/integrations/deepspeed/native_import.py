@@ -220,7 +220,9 @@ class _Importer:
         found = {name: value for name, value in sorted(known.items()) if _elementwise(value)}
         size = state["single_partition_of_fp32_groups"][group].numel() + int(state["group_paddings"][group])
         wrong = [name for name, value in found.items() if value.numel() != size]
-        if wrong or not known:
+        options = state["base_optimizer_state"]["param_groups"][group]
+        # SGD without momentum keeps nothing, at any step.
+        if wrong or (not known and options.get("momentum") != 0):
             raise UnsupportedError(
                 f"the optimizer keeps {wrong[0]!r} of another size than its parameters"
                 if wrong
