@@ -38,7 +38,7 @@ from moc_ckpt.cli.main import app
 from moc_ckpt.errors import ConfigError, CorruptionError, StorageError
 from moc_ckpt.recovery.resolver import Stored, StoredTensor, resolve
 from moc_ckpt.state.fragment import Fragment, TensorKey
-from moc_ckpt.storage import export as storage_export
+from moc_ckpt.storage import output
 from moc_ckpt.storage.attempts import current_attempt, open_attempt
 from moc_ckpt.storage.checkpoint import latest_tag, list_tags, load_manifest, manifest_key, read_extra
 from moc_ckpt.storage.checksum import crc32c
@@ -272,7 +272,7 @@ def test_wrong_use_is_refused_before_anything_is_touched(store: Store, out: Path
 
 def test_a_disk_that_is_too_small_is_found_beforehand(store: Store, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(out.parent)
-    monkeypatch.setattr(storage_export.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     for to in ("moc", "safetensors"):
         error = run(store.url, out, "--to", to, code=1)
         assert "not enough space" in error and "1,000 bytes free" in error and not out.exists()

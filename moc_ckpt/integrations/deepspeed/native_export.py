@@ -34,9 +34,10 @@ from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, index_scalars, join_scalars
 from moc_ckpt.state.unit import UnitMap, parse_expert_unit
 from moc_ckpt.storage.checkpoint import LATEST, STATE, load_manifest, manifest_key, read_extra
-from moc_ckpt.storage.export import Progress, check_source, staged_directory
+from moc_ckpt.storage.export import Progress, check_source
 from moc_ckpt.storage.local import fsync_dir
 from moc_ckpt.storage.manifest import Manifest
+from moc_ckpt.storage.output import staged_directory
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["ExportedNative", "export_native"]

@@ -36,8 +36,9 @@ from moc_ckpt.state.unit import UnitMap, Version
 from moc_ckpt.storage.attempts import open_attempt
 from moc_ckpt.storage.checkpoint import check_tag, latest_tag, new_save_id
 from moc_ckpt.storage.commit import commit
-from moc_ckpt.storage.export import Progress, staged_directory
+from moc_ckpt.storage.export import Progress
 from moc_ckpt.storage.manifest import CommitInfo, MoELayerRecord, Topology
+from moc_ckpt.storage.output import staged_directory
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["ImportedNative", "import_native"]
