@@ -247,6 +247,23 @@ def test_we_go_on_from_deepspeeds_own(pool: Pool, ckpt_dir: str, name: str) -> N
     same_resume(pool, row.with_model(layers=uniform(1)), 2, ours, again, ref)
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (zoo.ROWS["z2_bf16"].with_model(rank_buffers=False), "do not have one expert-parallel size (1, 2, 4)"),
+        (row_of("z0_bf16"), "no optimizer state of ZeRO stage 1 or 2"),
+        (row_of("z0_fp32"), "no optimizer state of ZeRO stage 1 or 2"),
+        (row_of("z1_bf16_fp32acc"), "not that of ZeRO stage 1 or 2"),
+    ],
+    ids=["mixed", "stage0_bf16", "stage0_fp32", "bf16_optimizer"],
+)
+def test_what_another_kind_of_run_saved_cannot_be_imported(pool: Pool, ckpt_dir: str, row: zoo.Row, words: str) -> None:
+    pool.run(4, case_save, row=row, path=f"{ckpt_dir}/native", plugin=None)
+    status, text = refusal("import", f"{ckpt_dir}/native", f"{ckpt_dir}/ours")
+    assert status == 2 and words in text and "what to do" in text, text
+    assert [item.name for item in Path(ckpt_dir).iterdir()] == ["native"]
+
+
 @pytest.fixture(scope="module")
 def deepspeeds(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> str:
     """One checkpoint of DeepSpeed's own: world 4, EP 2, ZeRO-2, bf16."""
@@ -316,6 +333,8 @@ def test_weights_that_are_no_casts_are_kept(native: Path, tmp_path: Path) -> Non
         ("mixed", 1, "not of one checkpoint"),
         ("keys", 1, "do not fit together"),
         ("stage3", 2, "ZeRO stage 3"),
+        ("tensor_parallel", 2, "tensor-parallel ranks"),
+        ("auto_ep", 2, "AutoEP"),
         ("elastic", 2, "elastic_checkpoint"),
         ("unstepped", 2, "before the first step"),
         ("ours", 2, "a checkpoint of moc_ckpt already"),
@@ -341,6 +360,10 @@ def test_what_cannot_be_imported_is_refused_by_name(
         change(tag / MODEL, lambda data: data["module"].pop("head.bias"))
     elif spoil == "stage3":
         (tag / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    elif spoil == "tensor_parallel":
+        (tag / "mp_rank_01_model_states.pt").touch()
+    elif spoil == "auto_ep":
+        change(tag / MODEL, lambda data: data.update(ds_autoep_layers=[{"layer": 0}]))
     elif spoil == "elastic":
         change(file, lambda data: data["optimizer_state_dict"].update(base_optimizer_state=[]))
     elif spoil == "unstepped":
