@@ -46,6 +46,7 @@ setup(
             "pytest-timeout>=2.3",
             "moto[server]>=5",
             "hypothesis>=6.100",
+            "safetensors>=0.4.3",
             "scipy>=1.11",
             "ruff>=0.6",
             "mypy>=1.10",

@@ -12,8 +12,9 @@ from rich.text import Text
 from moc_ckpt.cli.common import PROBLEM, AsJson, Directory, print_json, size, stderr, stdout, what_went_wrong
 from moc_ckpt.errors import CheckpointNotFoundError
 from moc_ckpt.persist.garbage import IDLE_S, ArenaGarbage, Garbage, collect_arenas, collect_garbage
-from moc_ckpt.storage.checkpoint import ATTEMPTS, list_checkpoints, list_tags
+from moc_ckpt.storage.checkpoint import ATTEMPTS, CheckpointSummary, list_checkpoints, list_tags, load_manifest
 from moc_ckpt.storage.store import Store, open_store
+from moc_ckpt.storage.verify import first_damage
 
 __all__ = ["gc"]
 
@@ -52,7 +53,8 @@ def gc(
     """Remove old checkpoints, leftovers of saves that never committed, and packs that nothing refers to.
 
     Without --keep-last and --keep-every every checkpoint stays. What a checkpoint that stays refers to stays too, also
-    if it belongs to an older one, and so does what a run may be writing. Exit status 1: nothing could be removed.
+    if it belongs to an older one, and so does what a run may be writing. Exit status 1: nothing could be removed, or
+    a checkpoint that stays is damaged (then an older one stays in its place).
     """
     with what_went_wrong(as_json):
         store = open_store(directory)
@@ -70,14 +72,19 @@ def gc(
             )
         memory: list[ArenaGarbage] = []
         if arenas:
-            newest = next((item.step for item in list_checkpoints(store) if not item.error), None)
+            newest = next((item.step for item in list_checkpoints(store) if _is_usable(store, item)), None)
             memory = collect_arenas(store, newest, dry_run=dry_run)
     if as_json:
         print_json(_as_data(store, garbage, memory, dry_run=dry_run))
     else:
         stdout().print(_as_text(store, garbage, memory if arenas else None, dry_run=dry_run))
-    if garbage.report.blocked:
+    if garbage.report.blocked or garbage.report.damaged:
         raise typer.Exit(PROBLEM)
+
+
+def _is_usable(store: Store, item: CheckpointSummary) -> bool:
+    """Tells whether memory need not be kept for what a checkpoint has; looks at no bytes of it."""
+    return not item.error and not first_damage(store, load_manifest(store, item.tag))
 
 
 def _check(store: Store) -> None:
@@ -128,6 +135,7 @@ def _as_data(store: Store, garbage: Garbage, memory: list[ArenaGarbage], *, dry_
         "writer": garbage.writer or None,
         "in_flight": [{"save": save, "reason": reason} for save, reason in garbage.stays.items()],
         "unfinished": report.spared,
+        "damaged": report.damaged,
         "blocked": report.blocked or None,
         "arenas": [{"path": str(item.path), "bytes": item.nbytes, "stays": item.stays or None} for item in memory],
     }
@@ -146,6 +154,10 @@ def _as_text(store: Store, garbage: Garbage, memory: list[ArenaGarbage] | None, 
         kept = f"{len(report.kept)} checkpoint{'s' if len(report.kept) != 1 else ''} kept"
         told = f"{size(garbage.total)} {verb}" if items else "nothing to remove"
         parts.append(Text.assemble((told, "bold green"), f", {kept}: {_some(report.kept)}"))
+    for tag, what in report.damaged.items():
+        parts.append(Text.assemble((f"{tag} is damaged: ", "bold red"), what))
+    if report.damaged:
+        parts.append(Text("  it stays and does not count, so that older ones stay; `moc-ckpt verify` tells more"))
     if garbage.writer:
         parts.append(Text(f"{garbage.writer} lives: its saves are left alone", style="yellow"))
     parts += [Text(f"stays: {save}: {reason}", style="yellow") for save, reason in garbage.stays.items()]

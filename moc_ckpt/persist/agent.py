@@ -19,7 +19,7 @@ from pathlib import Path
 from moc_ckpt.errors import MocError, StorageError
 from moc_ckpt.persist.committer import GRACE_S
 from moc_ckpt.persist.process import keep_memory_small, lower_priority
-from moc_ckpt.snapshot.places import agent_lock_path, agent_log_path, node_name, socket_path
+from moc_ckpt.snapshot.places import UNNAMED, agent_lock_path, agent_log_path, node_name, socket_path
 
 __all__ = ["main"]
 
@@ -56,14 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     if lock is None:
         return 0
     _become_daemon()
-    log_file = _start_log(folder)
+    log_file, errors = _start_log(folder)
     try:
         return _serve(folder, options)
     except BaseException:
         _log.exception("the agent fails")
         raise
     finally:
-        logging.getLogger().removeHandler(log_file)
+        for handler in (log_file, errors):
+            logging.getLogger().removeHandler(handler)
+        log_file.close()
+        if options.job.startswith(UNNAMED) and not errors.seen:
+            _remove_folder(folder)
         os.close(lock)
 
 
@@ -105,18 +109,30 @@ def _check_folder(folder: Path) -> None:
 
 
 def _take_lock(folder: Path) -> int | None:
-    """Takes the agent's lock; None if another agent keeps it (one that only looks at it lets go at once)."""
-    fd = os.open(agent_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    end = time.monotonic() + _LOCK_TRIES_S
+    """Takes the agent's lock; None if another agent keeps it (one that only looks at it lets go at once).
+
+    Raises:
+        StorageError: if the directory has gone meanwhile.
+    """
+    path, end = agent_lock_path(folder), time.monotonic() + _LOCK_TRIES_S
     while True:
         try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError as error:
+            raise StorageError("there is no such directory", where=str(folder), fix="the trainer makes it") from error
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            # An agent that has ended removes its lock: one on a file that nobody finds keeps nobody out.
+            if os.path.samestat(os.fstat(fd), path.lstat()):
+                break
+        except FileNotFoundError:
+            pass
         except BlockingIOError:
             if time.monotonic() >= end:
                 os.close(fd)
                 return None
             time.sleep(0.05)
+        os.close(fd)
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
@@ -134,14 +150,44 @@ def _become_daemon() -> None:
     keep_memory_small()
 
 
-def _start_log(folder: Path) -> logging.Handler:
+class _Errors(logging.Handler):
+    """Notes whether anything went wrong: then the log stays."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.seen = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen = True
+
+
+def _start_log(folder: Path) -> tuple[logging.Handler, _Errors]:
     handler = logging.handlers.RotatingFileHandler(agent_log_path(folder), maxBytes=_LOG_BYTES, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
+    root, errors = logging.getLogger(), _Errors()
     root.addHandler(handler)
+    root.addHandler(errors)
     root.setLevel(logging.INFO)
     faulthandler.enable()
-    return handler
+    return handler, errors
+
+
+def _remove_folder(folder: Path) -> None:
+    """Removes the directory of an unnamed job, which nobody comes back to, unless it holds more than logs and lock.
+
+    Called with the lock. A trainer makes its arena before it looks for an agent: one that arrives meanwhile either
+    shows in the list, or the directory is not empty and stays, and the next agent makes a lock and a log of its own.
+    """
+    log, lock = agent_log_path(folder), agent_lock_path(folder)
+    ours = (log, log.with_name(f"{log.name}.1"), lock)  # the lock last: until then no other agent begins
+    try:
+        if not set(folder.iterdir()) <= set(ours):
+            return
+        for path in ours:
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        print(f"{folder} stays: {error}", file=sys.stderr)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -194,6 +194,8 @@ class AgentServer:
         if self._stopping:
             _log.info("ending: %s", self._stopping)
             return True
+        if self._trainers:  # with `linger_s` 0 no time has to pass
+            return False
         if self._clock() - self._idle_since < max(self._linger_s, 0.0 if self._met else _FIRST_TRAINER_S):
             return False
         _log.info("ending: no trainer for %.0f s", self._linger_s)

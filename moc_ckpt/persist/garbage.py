@@ -24,6 +24,7 @@ from moc_ckpt.storage.checkpoint import LOCK, parts_status, read_outcome, save_p
 from moc_ckpt.storage.retention import RetentionReport, apply_retention
 from moc_ckpt.storage.store import Store
 from moc_ckpt.storage.usage import last_change, used_bytes
+from moc_ckpt.storage.verify import first_damage
 
 __all__ = ["IDLE_S", "ArenaGarbage", "Garbage", "collect_arenas", "collect_garbage"]
 
@@ -119,7 +120,8 @@ def collect_garbage(
 
     Args:
         store: the checkpoint root.
-        keep_last: number of newest checkpoints that stay; 0 keeps all.
+        keep_last: number of newest checkpoints that stay; 0 keeps all. Those of which a file is missing or of another
+            size stay and do not count, so that what can be loaded is not removed for what cannot.
         keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
         idle_s: a save that was not committed stays for so many seconds after its last change; 0: nobody writes any,
             as the caller knows. While a run has the directory its saves stay whatever this is.
@@ -148,6 +150,7 @@ def collect_garbage(
         may_be_written=writers.may_write,
         remnants=not writer,
         removing=removing,
+        damage=lambda manifest: first_damage(store, manifest),
         dry_run=dry_run,
         timeout_s=timeout_s,
     )

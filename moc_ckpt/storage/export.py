@@ -6,17 +6,15 @@ What is read is checked on the way: every sub-chunk by the pack's checksum, ever
 from __future__ import annotations
 
 import re
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from moc_ckpt.errors import ConfigError, CorruptionError, CoverageError, StorageError, UnsupportedError
+from moc_ckpt.errors import CorruptionError, CoverageError, StorageError
 from moc_ckpt.plan.coverage import coverage_problems, expert_problems
 from moc_ckpt.state.fragment import itemsize
 from moc_ckpt.state.unit import parse_expert_unit
@@ -32,12 +30,12 @@ from moc_ckpt.storage.checkpoint import (
     save_prefix,
     write_extra,
 )
-from moc_ckpt.storage.local import fsync_dir, raise_storage_error, temporary_name
 from moc_ckpt.storage.manifest import FragmentRow, FragmentTable, Manifest, PackRecord, encode_manifest
+from moc_ckpt.storage.output import new_directory
 from moc_ckpt.storage.pack_layout import ALIGNMENT, plan_pack
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.pack_write import write_pack
-from moc_ckpt.storage.store import Store, open_store
+from moc_ckpt.storage.store import Store
 from moc_ckpt.storage.verify import explain_pack
 
 __all__ = [
@@ -48,8 +46,6 @@ __all__ = [
     "explained",
     "export_checkpoint",
     "fragment_bytes",
-    "new_directory",
-    "staged_directory",
 ]
 
 Progress = Callable[[int, int], None]
@@ -146,125 +142,6 @@ def check_fragment(store: Store, manifest: Manifest, row: FragmentRow, crc32c: i
         where=f"{store.locate(manifest.packs[row.pack].path)}, byte {row.offset:,} of the pack",
         fix="export another checkpoint (`moc-ckpt inspect` lists them), or put the file back from a copy",
     )
-
-
-@contextmanager
-def new_directory(url: str, source: Store, need_bytes: int) -> Iterator[Store]:
-    """Makes a directory for an export; should that fail, what was written is removed again.
-
-    Args:
-        url: path or URL; must not exist or be empty.
-        source: the checkpoint root that is read, which must be elsewhere.
-        need_bytes: bytes that are going to be written.
-
-    Raises:
-        ConfigError: if there is something already, or it lies in the source.
-        StorageError: if there is not enough room or it cannot be written; nothing was changed then.
-    """
-    out = open_store(url)
-    path = out.local_path
-    there = out.root_exists()
-    if path is not None:
-        _check_place(path, source, need_bytes)
-    elif out.list():
-        raise _not_empty(out.url)
-    out = open_store(url, create=True)
-    try:
-        out.check_writable(need_bytes)
-        yield out
-    except BaseException:
-        with suppress(StorageError, OSError):
-            _clear(out, path, there=there)
-        raise
-
-
-@contextmanager
-def staged_directory(url: str, source: Store, need_bytes: int) -> Iterator[Path]:
-    """Makes a local directory under a hidden name beside its own, which it gets at the end; should that fail, it goes.
-
-    Args:
-        url: path of the directory; must not exist or be empty.
-        source: the directory that is read, which must be elsewhere.
-        need_bytes: bytes that are going to be written.
-
-    Yields:
-        The directory under its hidden name; files in it must be durable at the end.
-
-    Raises:
-        UnsupportedError: if it is no local directory.
-        ConfigError: if there is something already, or it lies in the source.
-        StorageError: if there is not enough room or it cannot be written.
-    """
-    path = open_store(url).local_path
-    if path is None:
-        raise UnsupportedError("this cannot be written to an object store", where=url, fix="name a directory")
-    _check_place(path, source, need_bytes)
-    # A link to an empty directory stays one.
-    path = path.resolve()
-    hidden = temporary_name(path)
-    try:
-        hidden.mkdir(parents=True)
-    except OSError as exc:
-        raise_storage_error(exc, "making the directory", hidden, need_bytes)
-    try:
-        try:
-            yield hidden
-            for item in (hidden, *(item for item in hidden.rglob("*") if item.is_dir())):
-                fsync_dir(item)
-            hidden.replace(path)
-            fsync_dir(path.parent)
-        except OSError as exc:
-            raise_storage_error(exc, "writing the directory", path, need_bytes)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
-
-
-def _check_place(path: Path, source: Store, need_bytes: int) -> None:
-    if path.exists() and not path.is_dir():
-        raise ConfigError("the output is a file", where=str(path), fix="name a directory that does not exist yet")
-    real = path.resolve()
-    if source.local_path is not None and real.is_relative_to(source.local_path.resolve()):
-        raise ConfigError(
-            "the output lies in the checkpoint directory itself",
-            where=str(path),
-            fix="name a directory elsewhere; nothing was written",
-        )
-    if path.is_dir() and any(path.iterdir()):
-        raise _not_empty(str(path))
-    parent = next(item for item in (path, *path.parents) if item.exists())
-    if not parent.is_dir():
-        raise ConfigError("a part of the output's path is a file", where=str(parent), fix="name another directory")
-    free = shutil.disk_usage(parent).free
-    if free < need_bytes:
-        raise StorageError(
-            f"not enough space for the export: {need_bytes:,} bytes needed, {free:,} bytes free",
-            where=str(path),
-            fix="free space there, or name a directory on a larger disk; nothing was written",
-        )
-
-
-def _not_empty(where: str) -> ConfigError:
-    return ConfigError(
-        "the output directory is not empty",
-        where=where,
-        fix="name a directory that does not exist or is empty; remove this one if an export was cut off there",
-    )
-
-
-def _clear(out: Store, path: Path | None, *, there: bool) -> None:
-    """Removes all of a directory that was empty when this began."""
-    if path is None:
-        for key in out.list():
-            out.delete(key)
-        return
-    for item in list(path.iterdir()):
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        else:
-            item.unlink()
-    if not there:
-        path.rmdir()
 
 
 # ---- a checkpoint of its own ----

@@ -60,6 +60,7 @@ class RetentionReport:
         saves: directories of unfinished or replaced saves that were removed, wholly or but for needed packs.
         in_flight: directories of saves that stay because they are, or may be, in flight.
         spared: directories of unfinished saves that are newer than the newest commit: somebody may still finish them.
+        damaged: tags that stay but do not count as kept, since `damage` found something -> what that is.
         blocked: why nothing was removed; empty if something could be.
     """
 
@@ -69,11 +70,17 @@ class RetentionReport:
     saves: list[str] = field(default_factory=list)
     in_flight: list[str] = field(default_factory=list)
     spared: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
     blocked: str = ""
 
 
 def plan_retention(
-    manifests: Sequence[Manifest], *, keep_last: int, keep_every: int = 0, protect: Collection[str] = ()
+    manifests: Sequence[Manifest],
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    protect: Collection[str] = (),
+    damaged: Callable[[Manifest], bool] = lambda manifest: False,
 ) -> RetentionPlan:
     """Chooses which checkpoints stay (pure).
 
@@ -83,6 +90,8 @@ def plan_retention(
             were saved aside (`Manifest.kept`) stay and do not count.
         keep_every: checkpoints whose step is a multiple of this stay as well; 0 for none.
         protect: tags that stay in any case.
+        damaged: tells whether a checkpoint is; such a one stays, but does not count in `keep_last`. Asked only of
+            those that would count.
 
     Returns:
         The plan.
@@ -97,11 +106,12 @@ def plan_retention(
     drop: list[Manifest] = []
     position = 0
     for manifest in ordered:
-        position += not manifest.kept
+        counts = keep_last > 0 and not manifest.kept and position < keep_last
+        position += counts and not damaged(manifest)
         stays = (
             manifest.kept
             or keep_last == 0
-            or position <= keep_last
+            or counts
             or (keep_every > 0 and manifest.step % keep_every == 0)
             or manifest.tag in protect
         )
@@ -127,6 +137,7 @@ def apply_retention(
     may_be_written: Callable[[str, str], bool] = lambda tag, save_id: False,
     remnants: bool = False,
     removing: Callable[[str], None] = lambda key: None,
+    damage: Callable[[Manifest], str] = lambda manifest: "",
     dry_run: bool = False,
     timeout_s: float = 60.0,
 ) -> RetentionReport:
@@ -156,6 +167,8 @@ def apply_retention(
         remnants: remove also what is left of saves when only the note of how they ended is left of them, or empty
             directories. Agents may still wait for such a note while a run saves.
         removing: called with every object or directory that is going to be removed, before it is; also in a dry run.
+        damage: says what is wrong with a checkpoint, empty if nothing is. Older ones are kept in the place of those
+            with which something is.
         dry_run: remove nothing, only report.
         timeout_s: seconds to wait for the lock.
 
@@ -178,13 +191,22 @@ def apply_retention(
             return RetentionReport(blocked=str(exc))
         if not manifests:
             return RetentionReport(blocked="there is no committed checkpoint: nothing is removed before a commit")
+        found: dict[str, str] = {}
+
+        def damaged(manifest: Manifest) -> bool:
+            what = damage(manifest)
+            if what:
+                found[manifest.tag] = what
+            return bool(what)
+
         plan = plan_retention(
             manifests,
             keep_last=keep_last,
             keep_every=keep_every,
             protect={*protect, *base, *([latest] if latest else [])},
+            damaged=damaged,
         )
-        report = RetentionReport(kept=plan.keep, dropped=plan.drop)
+        report = RetentionReport(kept=plan.keep, dropped=plan.drop, damaged=found)
         for tag in plan.drop:
             removing(manifest_key(tag))
             if not dry_run:

@@ -16,7 +16,16 @@ from moc_ckpt.storage.manifest import FragmentRow, Manifest
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store
 
-__all__ = ["PackTrouble", "Problem", "VerifyReport", "compact_units", "explain_pack", "number_ranges", "verify"]
+__all__ = [
+    "PackTrouble",
+    "Problem",
+    "VerifyReport",
+    "compact_units",
+    "explain_pack",
+    "first_damage",
+    "number_ranges",
+    "verify",
+]
 
 _MOST_GROUPS = 12
 _MOST_TAGS = 8
@@ -125,6 +134,28 @@ def verify(store: Store, tag: str, progress: Callable[[int, int], None] | None =
         done += manifest.packs[index].nbytes
         advance(0, done)
     return report
+
+
+def first_damage(store: Store, manifest: Manifest) -> str:
+    """Looks whether all files of a checkpoint are there, with the right sizes; reads next to nothing of them.
+
+    Args:
+        store: the checkpoint root.
+        manifest: the checkpoint.
+
+    Returns:
+        The first thing that is wrong, with its place; empty if nothing is. Bytes that have changed do not show.
+    """
+    for pack in manifest.packs:
+        try:
+            PackReader(store, pack.path, pack.nbytes).check()
+        except StorageError as error:
+            trouble = explain_pack(store, manifest, pack.path, error)
+            return f"{trouble.what} ({trouble.file})"
+    for extra in manifest.extra.values():
+        if not store.exists(extra.path):
+            return f"a file is missing ({store.locate(extra.path)})"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,10 @@ from moc_ckpt.state.fragment import MASTER, WEIGHT, itemsize
 from moc_ckpt.state.unit import parse_expert_unit
 from moc_ckpt.storage.checkpoint import load_manifest, manifest_key
 from moc_ckpt.storage.checksum import crc32c
-from moc_ckpt.storage.export import Progress, check_fragment, check_source, explained, fragment_bytes, new_directory
+from moc_ckpt.storage.export import Progress, check_fragment, check_source, explained, fragment_bytes
 from moc_ckpt.storage.local import fsync_dir, raise_storage_error, temporary_name
 from moc_ckpt.storage.manifest import FragmentRow, Manifest, TensorRecord
+from moc_ckpt.storage.output import new_directory
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store, open_store
 

@@ -522,6 +522,8 @@ DENSE = zoo.ROWS["w1"].with_model(layers=(), stage=3, groups=1, empty=False, tie
         ("tensor parallel", DENSE.with_model(stage=1), {"tensor_parallel": {"autotp_size": 2}}),
         ("sequence parallel", DENSE.with_model(stage=1), {"sequence_parallel_size": 2}),
         ("universal", zoo.ROWS["w1"], {"checkpoint": {"load_universal": True}}),
+        # It has several param groups, of which ZeRO leaves Adagrad one.
+        ("Adagrad", zoo.ROWS["w1"].with_model(optimizer="client_adagrad"), {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -112,6 +112,15 @@ ROWS = {
     "aligned": row_of("z2_bf16_aligned"),
     "data_first": row_of("z2_bf16_data_first"),
     "client_adamw": row_of("z2_bf16_client_adamw"),
+    "z1_fp16": row_of("z2_fp16", stage=1),
+    "adam": row_of("z2_bf16_client_adamw", optimizer="client_adam"),
+    "amsgrad": row_of("z1_fp32_amsgrad"),
+    "sgd": row_of("z2_bf16_sgd"),
+    "plain_sgd": row_of("z2_bf16_sgd", optimizer="client_plain_sgd"),
+    "cpu_adam": row_of("z2_bf16_cpu_adam"),
+    "z1_cpu_adam": row_of("z2_bf16_cpu_adam", stage=1),
+    "fp16_cpu_adam": row_of("z2_bf16_cpu_adam", dtype="fp16", poison=(2, 8)),
+    "fused": row_of(optimizer="fused"),
 }
 
 
@@ -121,7 +130,7 @@ def test_deepspeed_alone_goes_on_from_each_kind(pool: Pool, ckpt_dir: str, name:
     pool.run(4, case_save, row=ROWS[name], path=ours, plugin=ON)
     verb("export", ours, native, "--to", "deepspeed")
     same_resume(pool, ROWS[name], 4, ours, native, ref)
-    if name in ("round_robin", "aligned", "data_first"):
+    if name in ("round_robin", "aligned", "data_first", "amsgrad", "sgd", "plain_sgd", "cpu_adam"):
         verb("export", ours, f"{native}2", "--to", "deepspeed", "--world", "2", "--ep", "1")
         same_resume(pool, ROWS[name].with_model(layers=uniform(1)), 2, ours, f"{native}2", ref)
 
@@ -212,6 +221,14 @@ IMPORTS = {
     "round_robin": row_of("z2_bf16_round_robin", frozen=False),
     "aligned": row_of("z2_bf16_aligned", frozen=False),
     "data_first": row_of("z2_bf16_data_first", frozen=False),
+    "z1_fp16": row_of("z2_fp16", stage=1),
+    "adam": row_of("z2_bf16_client_adamw", optimizer="client_adam", frozen=False),
+    "amsgrad": row_of("z1_fp32_amsgrad"),
+    "sgd": row_of("z2_bf16_sgd", frozen=False),
+    "plain_sgd": row_of("z2_bf16_sgd", optimizer="client_plain_sgd", frozen=False),
+    "cpu_adam": row_of("z2_bf16_cpu_adam", frozen=False),
+    "z1_cpu_adam": row_of("z2_bf16_cpu_adam", stage=1),
+    "fused": row_of(optimizer="fused", frozen=False),
 }
 
 
@@ -228,6 +245,23 @@ def test_we_go_on_from_deepspeeds_own(pool: Pool, ckpt_dir: str, name: str) -> N
     same_resume(pool, row, 4, ours, native, ref)
     verb("export", ours, again, "--to", "deepspeed", "--world", "2", "--ep", "1")
     same_resume(pool, row.with_model(layers=uniform(1)), 2, ours, again, ref)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (zoo.ROWS["z2_bf16"].with_model(rank_buffers=False), "do not have one expert-parallel size (1, 2, 4)"),
+        (row_of("z0_bf16"), "no optimizer state of ZeRO stage 1 or 2"),
+        (row_of("z0_fp32"), "no optimizer state of ZeRO stage 1 or 2"),
+        (row_of("z1_bf16_fp32acc"), "not that of ZeRO stage 1 or 2"),
+    ],
+    ids=["mixed", "stage0_bf16", "stage0_fp32", "bf16_optimizer"],
+)
+def test_what_another_kind_of_run_saved_cannot_be_imported(pool: Pool, ckpt_dir: str, row: zoo.Row, words: str) -> None:
+    pool.run(4, case_save, row=row, path=f"{ckpt_dir}/native", plugin=None)
+    status, text = refusal("import", f"{ckpt_dir}/native", f"{ckpt_dir}/ours")
+    assert status == 2 and words in text and "what to do" in text, text
+    assert [item.name for item in Path(ckpt_dir).iterdir()] == ["native"]
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +333,8 @@ def test_weights_that_are_no_casts_are_kept(native: Path, tmp_path: Path) -> Non
         ("mixed", 1, "not of one checkpoint"),
         ("keys", 1, "do not fit together"),
         ("stage3", 2, "ZeRO stage 3"),
+        ("tensor_parallel", 2, "tensor-parallel ranks"),
+        ("auto_ep", 2, "AutoEP"),
         ("elastic", 2, "elastic_checkpoint"),
         ("unstepped", 2, "before the first step"),
         ("ours", 2, "a checkpoint of moc_ckpt already"),
@@ -324,6 +360,10 @@ def test_what_cannot_be_imported_is_refused_by_name(
         change(tag / MODEL, lambda data: data["module"].pop("head.bias"))
     elif spoil == "stage3":
         (tag / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    elif spoil == "tensor_parallel":
+        (tag / "mp_rank_01_model_states.pt").touch()
+    elif spoil == "auto_ep":
+        change(tag / MODEL, lambda data: data.update(ds_autoep_layers=[{"layer": 0}]))
     elif spoil == "elastic":
         change(file, lambda data: data["optimizer_state_dict"].update(base_optimizer_state=[]))
     elif spoil == "unstepped":
@@ -342,8 +382,10 @@ def test_the_plugin_says_how_to_load_deepspeeds_own(deepspeeds: str) -> None:
     assert status == 2 and "moc-ckpt import" in text
 
 
-def test_a_model_without_experts_goes_both_ways(pool: Pool, ckpt_dir: str) -> None:
-    row = zoo.ROWS["z2_bf16"].with_model(layers=(), rank_buffers=False)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "client_adagrad", "groups": 1}], ids=["adamw", "adagrad"])
+def test_a_model_without_experts_goes_both_ways(pool: Pool, ckpt_dir: str, changes: dict[str, Any]) -> None:
+    """With Adagrad too, which DeepSpeed can do with one param group only."""
+    row = zoo.ROWS["z2_bf16"].with_model(layers=(), rank_buffers=False, **changes)
     native, ours, again, ref = (f"{ckpt_dir}/{what}" for what in ("native", "ours", "again", "ref.pt"))
     pool.run(2, case_save, row=row, path=native, plugin=None)
     assert verb("import", native, ours)["experts"] == 0

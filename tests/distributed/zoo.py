@@ -41,7 +41,8 @@ class Row:
     layers: tuple[Layer, ...] = (Layer(ep=2), Layer(ep=4, k=2), Layer(ep=1, residual=True))
     gas: int = 1
     clip: float = 0.5
-    optimizer: str = "torch_adamw"  # torch_adamw | client_adamw | client_amsgrad | client_sgd | cpu_adam | fused
+    #: torch_adamw, cpu_adam, fused: DeepSpeed makes it. client_{adamw,adam,amsgrad,adagrad,sgd,plain_sgd}: the caller.
+    optimizer: str = "torch_adamw"
     scheduler: str = "warmup"  # warmup | lambda | none
     hidden: int = HIDDEN
     ffn: int = FFN
@@ -338,8 +339,14 @@ def client_optimizer(row: Row, net: Any) -> tuple[Any, Any]:
         optimizer = torch.optim.AdamW(param_groups(row, net), lr=1e-2, betas=(0.8, 0.95))
     elif row.optimizer == "client_amsgrad":
         optimizer = torch.optim.Adam(param_groups(row, net), lr=1e-2, amsgrad=True)
+    elif row.optimizer == "client_adam":
+        optimizer = torch.optim.Adam(param_groups(row, net), lr=1e-2, betas=(0.8, 0.95))
+    elif row.optimizer == "client_adagrad":
+        optimizer = torch.optim.Adagrad(param_groups(row, net), lr=1e-2)
     elif row.optimizer == "client_sgd":
         optimizer = torch.optim.SGD(param_groups(row, net), lr=5e-2, momentum=0.9)
+    elif row.optimizer == "client_plain_sgd":
+        optimizer = torch.optim.SGD(param_groups(row, net), lr=5e-2)
     scheduler = None
     if row.scheduler == "lambda":
         if optimizer is not None:

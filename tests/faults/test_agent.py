@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -38,6 +40,7 @@ from agent_tools import (
 
 from moc_ckpt.errors import StorageError
 from moc_ckpt.events import read_events
+from moc_ckpt.persist import agent as agent_process
 from moc_ckpt.persist.client import AgentClient
 from moc_ckpt.persist.protocol import (
     Event,
@@ -54,7 +57,7 @@ from moc_ckpt.persist.protocol import (
     decode_to_client,
     encode,
 )
-from moc_ckpt.snapshot.arena import Arena
+from moc_ckpt.snapshot.arena import Arena, ArenaSpec, Identity
 from moc_ckpt.snapshot.places import agent_lock_path, socket_path
 from moc_ckpt.snapshot.slots import SlotState
 from moc_ckpt.storage.attempts import open_attempt
@@ -669,6 +672,133 @@ def test_a_hello_of_a_protocol_with_other_fields_is_understood_as_one(folder: Pa
     with running_agent(folder) as agent:
         assert isinstance(ask(folder, struct.pack(">I", len(body)) + body), Refused)
         assert agent.wait(WAIT_S) == 0
+
+
+# ---- what is left of a job ----
+
+UNNAMED_JOB = "any.0123456789"
+
+
+@contextmanager
+def unnamed(**who: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The directory of a job without a name, and what its trainers say in their hello."""
+    with job_folder(UNNAMED_JOB) as folder:
+        yield folder, {"job": UNNAMED_JOB, **who}
+
+
+def test_an_unnamed_jobs_directory_goes_with_its_agent(save_dir: Path) -> None:
+    """Also if its trainer died: once the agent has removed the arena. What anybody else put there stays."""
+    for step, leaves in enumerate(("nothing", "an arena", "a file"), start=1):
+        with unnamed() as (folder, who), running_agent(folder, job=UNNAMED_JOB, linger=0.0) as agent:
+            with connected(folder, **who) as client:
+                assert outcome(client.submit(make_request(folder, save_dir, f"t{step}", step=step))).committed
+                for arena in folder.glob("*.arena"):
+                    arena.unlink()
+                if leaves != "nothing":
+                    (folder / ("r2.rank_00000.arena" if leaves == "an arena" else "mine")).touch()
+            assert agent.wait(WAIT_S) == 0
+            left = {item.name for item in folder.iterdir()} if folder.exists() else None
+            assert left == ({"mine", "agent.log", "agent.lock"} if leaves == "a file" else None)
+
+
+def test_a_named_jobs_directory_stays(folder: Path) -> None:
+    """And the agent does not go before its trainer, although it need not linger."""
+    with running_agent(folder, linger=0.0) as agent:
+        with connected(folder):
+            assert [rank.connected for rank in status(folder).ranks] == [True]
+        assert agent.wait(WAIT_S) == 0 and "ending" in log_of(folder)
+
+
+def test_an_arena_that_is_written_keeps_the_directory() -> None:
+    with unnamed() as (folder, _):
+        who = Identity(
+            job=UNNAMED_JOB, run="r1", rank=0, world=1, pid=os.getpid(), node="n", url=None, attempt=1, created=0.0
+        )
+        arena = Arena.create(arena_file(folder, "r1", 0), ArenaSpec(1 << 20, 1 << 20, 4096, 16), who)
+        try:
+            with running_agent(folder, job=UNNAMED_JOB) as agent:
+                assert isinstance(ask(folder, Stop(reason="test")), Stopping)
+                assert agent.wait(WAIT_S) == 0
+            assert arena.path.exists() and "ending: test" in log_of(folder)
+        finally:
+            arena.close()
+
+
+def test_the_log_of_an_agent_that_failed_stays(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import wrapt\n"
+        "def spoil(module):\n"
+        "    module.AgentServer.run = lambda self: 1 / 0\n"
+        "wrapt.register_post_import_hook(spoil, 'moc_ckpt.persist.agent_server')\n"
+    )
+    search = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
+    with unnamed() as (folder, _), running_agent(folder, job=UNNAMED_JOB, PYTHONPATH=search) as agent:
+        assert agent.wait(WAIT_S) == 1
+        assert "ZeroDivisionError" in log_of(folder)
+
+
+def test_a_trainer_that_arrives_as_an_agent_ends(save_dir: Path) -> None:
+    """Its arena is there first: either it finds no directory to put it into, or it gets an agent."""
+    chance = random.Random(5)
+    served = 0
+    for number in range(12):
+        run = f"r{number}"
+        with unnamed(run=run) as (folder, who), running_agent(folder, job=UNNAMED_JOB) as agent:
+            arena, wait_s = arena_file(folder, run, 0), chance.random() * 0.02
+            stop = threading.Timer(chance.random() * 0.01, ask, (folder, Stop(reason="test")))
+            stop.start()
+            time.sleep(wait_s)
+            try:
+                arena.touch(exist_ok=False)
+            except FileNotFoundError:
+                continue
+            finally:
+                stop.join()
+            request = make_request(folder, save_dir, f"late{number}", run=run, step=number + 1)
+            with connected(folder, may_start=True, **who) as client:
+                assert outcome(client.submit(request)).committed
+            served += 1
+            assert agent.wait(WAIT_S) == 0
+            for pid in {client.agent_pid} - {None, agent.pid}:
+                wait_until(lambda pid=pid: state_of(pid) in ("", "Z"), "the second agent to end")
+    print(f"{served} of 12 trainers came in time")
+    assert served
+
+
+def test_an_arena_that_comes_at_the_last_moment_keeps_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unnamed() as (folder, _):
+        for name in ("agent.log", "agent.log.1", "agent.lock"):
+            (folder / name).touch()
+        real = Path.rmdir
+
+        def arrive(path: Path) -> None:
+            arena_file(folder, "late", 0).touch()
+            real(path)
+
+        monkeypatch.setattr(Path, "rmdir", arrive)
+        agent_process._remove_folder(folder)
+        assert [item.name for item in folder.iterdir()] == ["late.rank_00000.arena"]
+
+
+def test_a_lock_that_was_removed_keeps_nobody_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another agent ends, and removes its lock, between our opening of it and our locking it."""
+    real, path = fcntl.flock, agent_lock_path(folder)
+
+    def ends(fd: int, kind: int) -> None:
+        if path.exists() and not gone:
+            gone.append(path.unlink())
+        real(fd, kind)
+
+    gone: list[None] = []
+    monkeypatch.setattr(fcntl, "flock", ends)
+    lock = agent_process._take_lock(folder)
+    assert lock is not None and gone
+    try:
+        assert os.path.samestat(os.fstat(lock), path.lstat())
+        monkeypatch.setattr(agent_process, "_LOCK_TRIES_S", 0.1)
+        assert agent_process._take_lock(folder) is None
+    finally:
+        os.close(lock)
 
 
 # ---- what comes after a commit ----

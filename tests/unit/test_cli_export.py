@@ -38,7 +38,7 @@ from moc_ckpt.cli.main import app
 from moc_ckpt.errors import ConfigError, CorruptionError, StorageError
 from moc_ckpt.recovery.resolver import Stored, StoredTensor, resolve
 from moc_ckpt.state.fragment import Fragment, TensorKey
-from moc_ckpt.storage import export as storage_export
+from moc_ckpt.storage import output
 from moc_ckpt.storage.attempts import current_attempt, open_attempt
 from moc_ckpt.storage.checkpoint import latest_tag, list_tags, load_manifest, manifest_key, read_extra
 from moc_ckpt.storage.checksum import crc32c
@@ -272,7 +272,7 @@ def test_wrong_use_is_refused_before_anything_is_touched(store: Store, out: Path
 
 def test_a_disk_that_is_too_small_is_found_beforehand(store: Store, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(out.parent)
-    monkeypatch.setattr(storage_export.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     for to in ("moc", "safetensors"):
         error = run(store.url, out, "--to", to, code=1)
         assert "not enough space" in error and "1,000 bytes free" in error and not out.exists()
@@ -434,7 +434,8 @@ def test_large_models_are_split_and_another_tag_can_be_named(store: Store, out: 
 
 
 def test_the_library_reads_it(store: Store, out: Path) -> None:
-    library = pytest.importorskip("safetensors.torch")
+    from safetensors import torch as library
+
     run(store.url, out, "--to", "safetensors", "--shard-size", "150B")
     found = {name: value for path in out.glob("*.safetensors") for name, value in library.load_file(path).items()}
     alike(found, cast(expected("master"), torch.bfloat16))
@@ -620,3 +621,52 @@ def test_help_is_quick() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "safetensors" in done.stdout and "--shard-size" in done.stdout and "deepspeed" in done.stdout
+
+
+# ---- directories that get their name at the end ----
+
+
+def test_two_at_once_and_what_a_killed_one_left(store: Store, out: Path) -> None:
+    forsaken, other, mine = (
+        out.parent / name for name in (".out.tmp-1-0123abcd", ".out2.tmp-1-0123abcd", ".out.tmp-x")
+    )
+    for path in (forsaken, other, mine):
+        path.mkdir(parents=True)
+        (path / "file").touch()
+    with pytest.raises(StorageError, match="writing the directory"), output.staged_directory(str(out), store, 1) as one:
+        assert not forsaken.exists() and other.exists() and mine.exists()
+        with output.staged_directory(str(out), store, 1) as two:
+            (two / "of the second").touch()
+            assert one.exists() and one != two  # the first one is not taken for forsaken
+        assert [item.name for item in out.iterdir()] == ["of the second"]
+    # The first one had its name taken away; nothing of it is left.
+    assert {item.name for item in out.parent.iterdir()} >= {"out", other.name, mine.name} and not one.exists()
+    assert [item.name for item in out.iterdir()] == ["of the second"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_directory_that_is_cleared_before_it_is_locked(
+    store: Store, out: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    real, met = output._lock, []
+
+    def lock(fd: int) -> bool:
+        if not met:
+            met.append(Path(f"/proc/self/fd/{fd}").readlink())
+            if late:
+                raise BlockingIOError  # another call has the lock, and is about to remove it
+            shutil.rmtree(met[0])
+        return real(fd)
+
+    monkeypatch.setattr(output, "_lock", lock)
+    with output.staged_directory(str(out), store, 1) as hidden:
+        assert hidden != met[0]
+    assert out.is_dir()
+
+
+def test_a_mount_point_cannot_be_replaced(store: Store, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out.mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out.resolve())
+    with pytest.raises(ConfigError, match="mount point"), output.staged_directory(str(out), store, 1):
+        pass
+    assert list(out.iterdir()) == []

@@ -180,6 +180,58 @@ def test_an_unreadable_manifest_blocks_and_is_a_problem(store: Store) -> None:
     assert snapshot(store) == before
 
 
+def spoil_pack(store: Store, tag: str, *, gone: bool) -> None:
+    """Takes a file of a checkpoint's own dense pack away, or the end of it."""
+    assert store.local_path is not None
+    (victim,) = store.local_path.glob(f"{tag}/*/packs/rank_00001.dense/c/0")
+    victim.unlink() if gone else os.truncate(victim, victim.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("how", ["gone", "truncated", "extra", "older"])
+def test_an_older_checkpoint_stays_in_the_place_of_a_damaged_one(store: Store, tmp_path: Path, how: str) -> None:
+    save(store, "t10", 10)
+    save(store, "t15", 15, experts=EXPERTS[1:])
+    save(store, "t20", 20)
+    save(store, "t30", 30, experts=EXPERTS[:1])
+    assert store.local_path is not None
+    shutil.copytree(store.local_path, tmp_path / "whole")
+    if how == "older":  # what it has from an older tag; then that one is damaged, too
+        (victim,) = store.local_path.glob("t20/*/packs/rank_00000.experts/c/0")
+        victim.unlink()
+    elif how == "extra":
+        (victim,) = store.local_path.glob("t30/*/extra/rng/1")
+        victim.unlink()
+    else:
+        spoil_pack(store, "t30", gone=how == "gone")
+    kept = ["t30", "t20", "t15"] if how == "older" else ["t30", "t20"]
+    before = snapshot(store)
+    told = as_json(store.url, "--keep-last", 1, "--dry-run", code=1)
+    assert snapshot(store) == before and told["kept"] == kept and list(told["damaged"]) == kept[:-1]
+    text = run(store.url, "--keep-last", 1, code=1)
+    assert "t30 is damaged" in text and "stays and does not count" in text
+    assert sorted(list_tags(store)) == sorted(kept) and verify(store, kept[-1]).ok
+    # All files are put back.
+    shutil.copytree(tmp_path / "whole", store.local_path, dirs_exist_ok=True)
+    data = as_json(store.url, "--keep-last", 1, "--idle", 0)
+    assert data["kept"] == ["t30"] and data["damaged"] == {} and verify(store, "t30").ok
+
+
+def test_damage_does_not_matter_where_everything_stays(store: Store) -> None:
+    for step in (10, 20):
+        save(store, f"t{step}", step)
+    spoil_pack(store, "t20", gone=True)
+    assert as_json(store.url)["kept"] == ["t20", "t10"]
+
+
+def test_memory_stays_if_only_a_damaged_checkpoint_is_as_new(store: Store) -> None:
+    for step in (90, 100):
+        save(store, f"t{step}", step)
+    make_arena(job_key(store.url), 0, 100, store.url).close()
+    spoil_pack(store, "t100", gone=False)
+    (item,) = as_json(store.url, "--arenas")["arenas"]
+    assert "it holds step 100, storage step 90" in item["stays"]
+
+
 def test_nothing_goes_before_a_commit(store: Store) -> None:
     open_attempt(store)
     write_rank(store, "t10", "half", 0, step=10, attempt=1)

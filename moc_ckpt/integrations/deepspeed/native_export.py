@@ -16,6 +16,7 @@ from moc_ckpt.integrations.deepspeed.client_state import decode_client_state
 from moc_ckpt.integrations.deepspeed.load import stored_scalars
 from moc_ckpt.integrations.deepspeed.native_files import (
     MODEL_FILE,
+    Scratch,
     expert_file,
     import_deepspeed,
     optimizer_file,
@@ -34,9 +35,10 @@ from moc_ckpt.state.plain import decode_plain
 from moc_ckpt.state.scalars import ScalarRecord, index_scalars, join_scalars
 from moc_ckpt.state.unit import UnitMap, parse_expert_unit
 from moc_ckpt.storage.checkpoint import LATEST, STATE, load_manifest, manifest_key, read_extra
-from moc_ckpt.storage.export import Progress, check_source, staged_directory
+from moc_ckpt.storage.export import Progress, check_source
 from moc_ckpt.storage.local import fsync_dir
 from moc_ckpt.storage.manifest import Manifest
+from moc_ckpt.storage.output import staged_directory
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["ExportedNative", "export_native"]
@@ -86,8 +88,8 @@ def export_native(
 ) -> ExportedNative:
     """Writes a checkpoint as DeepSpeed's own, for ZeRO stage 1 or 2.
 
-    Memory: one rank's optimizer file or the dense weights, whichever is larger, and what is read at once: 64 MiB, or
-    one tensor.
+    Memory: the weights of one expert, and what is read at once: 64 MiB, or one tensor. One rank's optimizer state, and
+    the dense weights, are put together in files without a name on the disk of the output.
 
     Args:
         store: the checkpoint root.
@@ -116,7 +118,8 @@ def export_native(
     own_buffers = _rank_buffers(store, manifest)
     check_source(store, manifest, {row.pack for row in manifest.fragments})
     total = plan.weight_bytes() + plan.state_bytes()
-    with staged_directory(url, store, total + _SLACK) as root:
+    scratch = max(plan.weight_bytes(), plan.rank_bytes())
+    with staged_directory(url, store, total + scratch + _SLACK) as root:
         folder = root / tag
         folder.mkdir()
         done = 0
@@ -126,7 +129,8 @@ def export_native(
             done += count
             progress(done, total)
 
-        sizes = list(_Writer(store, manifest, record, state, plan, version, advance).write(folder, client_state))
+        writer = _Writer(store, manifest, record, state, plan, version, Scratch(root), advance)
+        sizes = list(writer.write(folder, client_state))
         fsync_dir(folder)
         # Whoever loads without naming a tag reads this.
         write_latest(root / LATEST, tag)
@@ -187,8 +191,10 @@ class _Writer:
         state: Mapping[str, Any],
         plan: NativePlan,
         version: str,
+        scratch: Scratch,
         advance: Callable[[int], None],
     ) -> None:
+        self._scratch = scratch
         self._store, self._manifest, self._record, self._plan = store, manifest, record, plan
         self._state: Mapping[str, Any] = state["engine"]
         self._scalars = index_scalars(stored_scalars(state))
@@ -237,8 +243,9 @@ class _Writer:
         values = self._read([need for _, need in batch])
         for (name, need), value in zip(batch, values, strict=True):
             dtype = self._plan.weights[name]
-            # A clone: what is read together shares one storage, which torch.save would write whole.
-            yield name, value.to(getattr(torch, dtype), copy=True).reshape(need.shape)
+            # A copy: what is read together shares one storage, which torch.save would write whole.
+            weight = self._scratch.zeros(need.numel, getattr(torch, dtype))
+            yield name, weight.copy_(value.reshape(-1)).reshape(need.shape)
             self._advance(need.numel * itemsize(dtype))
 
     def _model(self) -> dict[str, Any]:
@@ -327,7 +334,7 @@ class _Writer:
     def _partition(self, flat: FlatGroup, kind: str, dtype: str) -> torch.Tensor:
         """Returns a rank's partition of one kind of state; padding is zeros, as in training."""
         plan = self._plan
-        whole = torch.zeros(flat.size, dtype=getattr(torch, dtype))
+        whole = self._scratch.zeros(flat.size, getattr(torch, dtype))
         batch: list[tuple[int, Fragment]] = []
         room = _BATCH
         for member, start, stop, at in flat.intervals(plan.numels):

@@ -18,6 +18,7 @@ from moc_ckpt.integrations.deepspeed.preflight import TESTED, version_tuple
 
 __all__ = [
     "MODEL_FILE",
+    "Scratch",
     "expert_file",
     "import_deepspeed",
     "optimizer_file",
@@ -65,6 +66,33 @@ def import_deepspeed() -> str:
             fix=f"run this with DeepSpeed {known}",
         )
     return found
+
+
+class Scratch:
+    """Memory in files without a name, which the kernel can write to disk and take back when it needs the room.
+
+    Args:
+        folder: a directory on the disk to use.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".scratch"
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns zeros of shape (numel,); the file goes with them.
+
+        Raises:
+            OSError: if the disk has no room for them.
+        """
+        if not numel:
+            return torch.zeros(0, dtype=dtype)
+        try:
+            with self._path.open("xb") as file:
+                # All of it now: a page that finds no room later kills the process.
+                os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
+            return torch.from_file(str(self._path), shared=True, size=numel, dtype=dtype)
+        finally:
+            self._path.unlink()
 
 
 def write_file(path: Path, data: Any) -> int:

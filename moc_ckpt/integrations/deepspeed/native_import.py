@@ -36,8 +36,9 @@ from moc_ckpt.state.unit import UnitMap, Version
 from moc_ckpt.storage.attempts import open_attempt
 from moc_ckpt.storage.checkpoint import check_tag, latest_tag, new_save_id
 from moc_ckpt.storage.commit import commit
-from moc_ckpt.storage.export import Progress, staged_directory
+from moc_ckpt.storage.export import Progress
 from moc_ckpt.storage.manifest import CommitInfo, MoELayerRecord, Topology
+from moc_ckpt.storage.output import staged_directory
 from moc_ckpt.storage.store import Store, open_store
 
 __all__ = ["ImportedNative", "import_native"]
@@ -220,7 +221,9 @@ class _Importer:
         found = {name: value for name, value in sorted(known.items()) if _elementwise(value)}
         size = state["single_partition_of_fp32_groups"][group].numel() + int(state["group_paddings"][group])
         wrong = [name for name, value in found.items() if value.numel() != size]
-        if wrong or not known:
+        options = state["base_optimizer_state"]["param_groups"][group]
+        # SGD without momentum keeps nothing, at any step.
+        if wrong or (not known and options.get("momentum") != 0):
             raise UnsupportedError(
                 f"the optimizer keeps {wrong[0]!r} of another size than its parameters"
                 if wrong

@@ -91,6 +91,10 @@ class NativePlan:
         """Returns the bytes of all weights."""
         return sum(math.prod(self.shape(name)) * itemsize(dtype) for name, dtype in self.weights.items())
 
+    def rank_bytes(self) -> int:
+        """Returns the bytes of one rank's optimizer state with padding, which are the same for all."""
+        return sum(flat.size * sum(itemsize(dtype) for _, dtype in self.kinds[flat.group]) for flat in self.flat(0))
+
     def state_bytes(self) -> int:
         """Returns the bytes of all optimizer state, without padding."""
         widths = [sum(itemsize(dtype) for _, dtype in kinds) for kinds in self.kinds]

@@ -90,6 +90,16 @@ def check_engine(engine: Any) -> None:
             where="deepspeed.initialize",
             fix="pass an optimizer, or disable moc_checkpoint for inference",
         )
+    groups = getattr(engine.optimizer, "bit16_groups", ())
+    inner = getattr(engine.optimizer, "optimizer", None)
+    if groups and inner is not None and len(inner.param_groups) != len(groups):
+        # ZeRO makes torch.optim.Adagrad anew, out of its defaults.
+        raise UnsupportedError(
+            f"ZeRO has {len(groups)} param groups and its {type(inner).__name__} {len(inner.param_groups)}: "
+            "DeepSpeed cannot step so",
+            where="the optimizer given to deepspeed.initialize",
+            fix="use another one: ZeRO keeps a single param group of torch.optim.Adagrad",
+        )
 
 
 def _refuse(features: Mapping[str, bool]) -> None:
