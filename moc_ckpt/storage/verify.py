@@ -16,7 +16,17 @@ from moc_ckpt.storage.manifest import FragmentRow, Manifest
 from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store
 
-__all__ = ["PackTrouble", "Problem", "VerifyReport", "compact_units", "explain_pack", "number_ranges", "verify"]
+__all__ = [
+    "PackTrouble",
+    "Problem",
+    "VerifyReport",
+    "compact_units",
+    "explain_pack",
+    "number_ranges",
+    "record_problems",
+    "verify",
+    "verify_pack",
+]
 
 _MOST_GROUPS = 12
 _MOST_TAGS = 8
@@ -90,20 +100,7 @@ def verify(store: Store, tag: str, progress: Callable[[int, int], None] | None =
         StorageError: if there is no readable manifest, so that there is nothing to compare with.
     """
     manifest = load_manifest(store, tag)
-    report = VerifyReport(tag, manifest.step)
-    where = store.locate(manifest_key(tag))
-    declared = manifest.declared()
-    for problem in coverage_problems(declared, manifest.spans()) + expert_problems(manifest.moe_layers, declared):
-        report.problems.append(Problem(where, problem))
-    for unit in manifest.units:
-        # Invariant I3: dense state of one version, no expert newer than it.
-        if parse_expert_unit(unit.name) is None and unit.version != manifest.version:
-            what = f"dense state of step {unit.step} of attempt {unit.attempt} in a checkpoint of step {manifest.step}"
-        elif unit.step > manifest.step:
-            what = f"an expert of step {unit.step}, which is after the checkpoint's step {manifest.step}"
-        else:
-            continue
-        report.problems.append(Problem(where, what, unit.name))
+    report = VerifyReport(tag, manifest.step, problems=record_problems(store, manifest))
     for extra in manifest.extra.values():
         try:
             read_extra(store, extra)
@@ -125,6 +122,45 @@ def verify(store: Store, tag: str, progress: Callable[[int, int], None] | None =
         done += manifest.packs[index].nbytes
         advance(0, done)
     return report
+
+
+def record_problems(store: Store, manifest: Manifest) -> list[Problem]:
+    """Returns what is wrong with a manifest by itself: holes (I1), and versions that cannot go together (I3)."""
+    where = store.locate(manifest_key(manifest.tag))
+    declared = manifest.declared()
+    found = coverage_problems(declared, manifest.spans()) + expert_problems(manifest.moe_layers, declared)
+    problems = [Problem(where, problem) for problem in found]
+    for unit in manifest.units:
+        # Dense state is of one version, and no expert is newer than it.
+        if parse_expert_unit(unit.name) is None and unit.version != manifest.version:
+            what = f"dense state of step {unit.step} of attempt {unit.attempt} in a checkpoint of step {manifest.step}"
+        elif unit.step > manifest.step:
+            what = f"an expert of step {unit.step}, which is after the checkpoint's step {manifest.step}"
+        else:
+            continue
+        problems.append(Problem(where, what, unit.name))
+    return problems
+
+
+def verify_pack(
+    store: Store,
+    manifest: Manifest,
+    index: int,
+    rows: list[FragmentRow],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Problem]:
+    """Reads one pack of a checkpoint and compares fragments in it; otherwise as `verify`.
+
+    Args:
+        store: the checkpoint root.
+        manifest: the checkpoint.
+        index: number of the pack.
+        rows: the fragments to compare.
+        progress: called with the bytes done.
+    """
+    report = VerifyReport(manifest.tag, manifest.step)
+    _PackCheck(store, manifest, index, rows, report, _Others(store, manifest.tag)).run(progress)
+    return report.problems
 
 
 @dataclass(frozen=True, slots=True)
