@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from moc_ckpt.cli.agent import find_jobs
 from moc_ckpt.cli.common import PROBLEM, AsJson, Directory, bytes_progress, print_json, stderr, what_went_wrong
+from moc_ckpt.cli.jobs import find_jobs
 from moc_ckpt.cli.recover_view import Damaged, Found, as_data, show
 from moc_ckpt.errors import (
     CheckpointNotFoundError,
@@ -22,8 +22,6 @@ from moc_ckpt.errors import (
     StorageError,
 )
 from moc_ckpt.recovery.checks import Checker
-from moc_ckpt.recovery.flush import flush_job
-from moc_ckpt.recovery.memory import open_memory
 from moc_ckpt.recovery.report import RestoreCosts, restore_cost
 from moc_ckpt.recovery.search import Search, Target
 from moc_ckpt.storage.attempts import list_attempts
@@ -68,8 +66,13 @@ def recover(
 
 def _folders(store: Store) -> list[Path]:
     """Returns the jobs of this node whose memory belongs to the directory."""
+    folders = find_jobs(None, None, None)
+    if not folders:
+        return []
+    from moc_ckpt.recovery.memory import open_memory
+
     found = []
-    for folder in find_jobs(None, None, None):
+    for folder in folders:
         with open_memory(folder) as memory:
             url = memory.inventory.url if memory is not None else None
             if url is not None and open_store(url).url == store.url:
@@ -78,7 +81,13 @@ def _folders(store: Store) -> list[Path]:
 
 
 def _flush(store: Store, found: Found, timeout: float, *, dry_run: bool) -> None:
-    for folder in _folders(store):
+    folders = _folders(store)
+    if not folders:
+        return
+    # Where there is no memory, what follows would be most of the time that the command takes.
+    from moc_ckpt.recovery.flush import flush_job
+
+    for folder in folders:
         with Progress(
             TextColumn("flushing memory"),
             BarColumn(),

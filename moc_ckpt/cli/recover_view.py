@@ -5,20 +5,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from moc_ckpt.cli.common import size, stdout, when
-from moc_ckpt.recovery.flush_plan import Flush
 from moc_ckpt.recovery.report import LayerLoss, RestoreCost, RestoreCosts
 from moc_ckpt.recovery.search import Search, Target
 from moc_ckpt.recovery.versions import UnitSource
 from moc_ckpt.state.unit import parse_expert_unit
+from moc_ckpt.state.unit_text import compact_units, number_ranges
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store
-from moc_ckpt.storage.verify import compact_units, number_ranges
+
+if TYPE_CHECKING:
+    from moc_ckpt.recovery.flush_plan import Flush
 
 __all__ = ["Damaged", "Found", "as_data", "show"]
 

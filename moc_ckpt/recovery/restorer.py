@@ -13,11 +13,12 @@ from moc_ckpt.recovery.memory_reads import MemoryPiece, aligned
 from moc_ckpt.recovery.resolver import Piece, Read, RecoveryPlan, Stored, StoredTensor
 from moc_ckpt.state.fragment import Fragment, TensorKey, itemsize
 from moc_ckpt.state.unit import parse_expert_unit
+from moc_ckpt.state.unit_text import compact_units
 from moc_ckpt.storage.checksum import crc32c
 from moc_ckpt.storage.manifest import FragmentRow, Manifest
 from moc_ckpt.storage.pack import PackReader
 from moc_ckpt.storage.store import Store
-from moc_ckpt.storage.verify import compact_units, explain_pack
+from moc_ckpt.storage.verify import explain_pack
 
 __all__ = ["index_manifest", "stage", "try_stage"]
 

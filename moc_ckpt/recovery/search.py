@@ -12,11 +12,11 @@ from typing import NamedTuple
 from moc_ckpt.recovery.checks import Damage
 from moc_ckpt.recovery.versions import StoredCheckpoint, UnitSource, plan_versions, stored_checkpoint
 from moc_ckpt.state.unit import Version
+from moc_ckpt.state.unit_text import compact_units
 from moc_ckpt.storage.latest import Latest, Manifests, find_latest, timeline
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.merge import replace_experts
 from moc_ckpt.storage.store import Store
-from moc_ckpt.storage.verify import compact_units
 
 __all__ = ["Search", "Setback", "Target"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -223,15 +224,23 @@ def test_a_large_checkpoint_is_answered_at_once(store: Store) -> None:
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
     )
     for verb in (["recover", store.url, "--dry-run"], ["inspect", store.url]):
-        begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *verb], capture_output=True, text=True, timeout=60, check=False
+        wall, cpu = [], []
+        for _ in range(5):
+            before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", code, *verb], capture_output=True, text=True, timeout=60, check=False
+            )
+            wall.append(time.perf_counter() - begin)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu.append((after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime))
+            assert done.returncode == 0, done.stdout + done.stderr
+        user, system = min(cpu, key=sum)
+        print(
+            f"{verb[0]}: best of 5: {min(wall):.2f} s, CPU {user:.2f} s user + {system:.2f} s system, "
+            f"for {len(rows):,} fragments"
         )
-        seconds = time.perf_counter() - begin
-        assert done.returncode == 0, done.stdout + done.stderr
-        print(f"{verb[0]}: {seconds:.2f} s for {len(rows):,} fragments")
-        # A timed test fails on a busy machine; ten times the promise means that something is wrong.
-        assert seconds < 10
+        # Others may use the machine as well: what it computes is below the promise, with room for slower machines.
+        assert user + system < 1
 
 
 def test_the_launcher_is_found_above_the_trainer(tmp_path: Path) -> None:
