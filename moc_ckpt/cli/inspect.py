@@ -14,10 +14,10 @@ from rich.text import Text
 from moc_ckpt.cli.common import AsJson, Directory, Tag, age, choose_tag, print_json, size, stdout, what_went_wrong, when
 from moc_ckpt.cli.heat_map import HeatMap
 from moc_ckpt.state.unit import parse_expert_unit
+from moc_ckpt.state.unit_text import number_ranges
 from moc_ckpt.storage.checkpoint import CheckpointSummary, list_checkpoints, load_manifest
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import open_store
-from moc_ckpt.storage.verify import number_ranges
 
 __all__ = ["inspect"]
 

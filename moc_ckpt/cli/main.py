@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from moc_ckpt._version import __version__
-from moc_ckpt.cli.agent import agent
-from moc_ckpt.cli.export import export
-from moc_ckpt.cli.gc import gc
-from moc_ckpt.cli.import_native import import_checkpoint
-from moc_ckpt.cli.inspect import inspect
-from moc_ckpt.cli.plan import PlanCommand, plan
-from moc_ckpt.cli.recover import recover
-from moc_ckpt.cli.run import run
-from moc_ckpt.cli.verify import verify
 
 __all__ = ["app", "main"]
 
+
+class _Verb(NamedTuple):
+    """Where a verb is: a function in a module, or a `typer.Typer` with verbs of its own."""
+
+    module: str
+    name: str
+    cls: str | None = None
+    context_settings: dict[str, Any] | None = None
+
+
+_VERBS = {
+    "inspect": _Verb("inspect", "inspect"),
+    "recover": _Verb("recover", "recover"),
+    "verify": _Verb("verify", "verify"),
+    "plan": _Verb("plan", "plan", cls="PlanCommand"),
+    "gc": _Verb("gc", "gc"),
+    "export": _Verb("export", "export"),
+    "import": _Verb("import_native", "import_checkpoint"),
+    # Options behind the command's name are the command's.
+    "run": _Verb("run", "run", context_settings={"allow_interspersed_args": False}),
+    "agent": _Verb("agent", "agent"),
+}
+
+
+def _load(name: str) -> Any:
+    verb = _VERBS[name]
+    module = import_module(f"moc_ckpt.cli.{verb.module}")
+    found = getattr(module, verb.name)
+    if isinstance(found, typer.Typer):
+        return get_command(found)
+    single = typer.Typer(add_completion=False)
+    cls = getattr(module, verb.cls) if verb.cls else None
+    single.command(name, cls=cls, context_settings=verb.context_settings)(found)
+    return get_command(single)
+
+
+class _Verbs(TyperGroup):
+    """Imports a verb when it is asked for: together they take longer than most of them have to do."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # Who mistypes a name is told the names that there are.
+        for name in [cmd_name] if cmd_name in _VERBS else _VERBS:
+            if name not in self.commands:
+                self.commands[name] = _load(name)
+        return self.commands.get(cmd_name)
+
+
 app = typer.Typer(
+    cls=_Verbs,
     name="moc-ckpt",
     help="Looks at, checks and plans Mixture-of-Experts checkpoints of moc_ckpt.\n\n"
     "Exit status: 0 fine, 1 found a problem, 2 wrong use. Every command has --json.",
@@ -28,16 +73,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(inspect)
-app.command()(recover)
-app.command()(verify)
-app.command(cls=PlanCommand)(plan)
-app.command()(gc)
-app.command()(export)
-app.command("import")(import_checkpoint)
-# Options behind the command's name are the command's.
-app.command(context_settings={"allow_interspersed_args": False})(run)
-app.add_typer(agent)
 
 
 def _show_version(asked: bool) -> None:

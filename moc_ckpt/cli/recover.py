@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
-from moc_ckpt.cli.agent import find_jobs
-from moc_ckpt.cli.common import PROBLEM, AsJson, Directory, print_json, size, stderr, stdout, what_went_wrong, when
-from moc_ckpt.errors import CheckpointNotFoundError, MocError, StaleAttemptError, StorageError
-from moc_ckpt.recovery.flush import flush_job
-from moc_ckpt.recovery.flush_plan import Flush
-from moc_ckpt.recovery.memory import open_memory
-from moc_ckpt.recovery.report import LayerLoss, RestoreCost, restore_cost
-from moc_ckpt.storage import verify as storage_verify
+from moc_ckpt.cli.common import PROBLEM, AsJson, Directory, bytes_progress, print_json, stderr, what_went_wrong
+from moc_ckpt.cli.jobs import find_jobs
+from moc_ckpt.cli.recover_view import Damaged, Found, as_data, show
+from moc_ckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    FormatError,
+    MocError,
+    NewerFormatError,
+    StaleAttemptError,
+    StorageError,
+)
+from moc_ckpt.recovery.checks import Checker
+from moc_ckpt.recovery.report import RestoreCosts, restore_cost
+from moc_ckpt.recovery.search import Search, Target
 from moc_ckpt.storage.attempts import list_attempts
-from moc_ckpt.storage.checkpoint import latest_tag, list_tags, load_manifest
 from moc_ckpt.storage.commit import finish_pointer, is_interrupted
-from moc_ckpt.storage.manifest import Manifest
-from moc_ckpt.storage.pack_read import PackReader
 from moc_ckpt.storage.store import Store, open_store
-from moc_ckpt.storage.verify import number_ranges
 
 __all__ = ["recover"]
-
-_SHOWN_LAYERS = 24
-
-
-@dataclass(slots=True)
-class _Found:
-    """What was found and done.
-
-    Attributes:
-        manifest: the checkpoint that a restart goes on from.
-        flush: what memory had that storage lacked; None if nothing.
-        flushed: it is on storage now.
-        notes: what kept memory from being of use, and what else to know.
-        damaged: newer checkpoints that cannot be loaded, and why.
-        latest: what `latest` was repaired to, or would be; empty if it is fine.
-    """
-
-    manifest: Manifest | None = None
-    flush: Flush | None = None
-    flushed: bool = False
-    notes: list[str] = field(default_factory=list)
-    damaged: list[tuple[str, str]] = field(default_factory=list)
-    latest: str = ""
 
 
 def recover(
@@ -69,7 +46,7 @@ def recover(
     """
     with what_went_wrong(as_json):
         store = open_store(directory)
-        found = _Found()
+        found = Found()
         if memory and tag is None:
             _flush(store, found, timeout, dry_run=dry_run)
         _choose(store, tag, found, verify=verify)
@@ -77,20 +54,25 @@ def recover(
             _nothing(store, found)
         if tag is None and found.manifest is not None:
             _repair_latest(store, found, dry_run=dry_run)
-        command = _command(store)
-    cost = restore_cost(found.manifest) if found.manifest is not None else None
+        found.command, found.cwd = _command(store)
+        found.costs = _costs(found.target) if found.target is not None else None
     if as_json:
-        print_json(_as_data(store, found, cost, command, dry_run=dry_run))
+        print_json(as_data(store, found, dry_run=dry_run))
     else:
-        _show(store, found, cost, command, dry_run=dry_run)
+        show(store, found, dry_run=dry_run)
     if found.damaged:
         raise typer.Exit(PROBLEM)
 
 
 def _folders(store: Store) -> list[Path]:
     """Returns the jobs of this node whose memory belongs to the directory."""
+    folders = find_jobs(None, None, None)
+    if not folders:
+        return []
+    from moc_ckpt.recovery.memory import open_memory
+
     found = []
-    for folder in find_jobs(None, None, None):
+    for folder in folders:
         with open_memory(folder) as memory:
             url = memory.inventory.url if memory is not None else None
             if url is not None and open_store(url).url == store.url:
@@ -98,8 +80,14 @@ def _folders(store: Store) -> list[Path]:
     return found
 
 
-def _flush(store: Store, found: _Found, timeout: float, *, dry_run: bool) -> None:
-    for folder in _folders(store):
+def _flush(store: Store, found: Found, timeout: float, *, dry_run: bool) -> None:
+    folders = _folders(store)
+    if not folders:
+        return
+    # Where there is no memory, what follows would be most of the time that the command takes.
+    from moc_ckpt.recovery.flush import flush_job
+
+    for folder in folders:
         with Progress(
             TextColumn("flushing memory"),
             BarColumn(),
@@ -123,62 +111,47 @@ def _flush(store: Store, found: _Found, timeout: float, *, dry_run: bool) -> Non
             found.flush, found.flushed = flush, manifest is not None
 
 
-def _choose(store: Store, tag: str | None, found: _Found, *, verify: bool) -> None:
-    """Finds the newest checkpoint that can be loaded, or looks at the one that was asked for."""
-    if tag is not None:
-        manifest = load_manifest(store, tag)
-        if trouble := _trouble(store, manifest, verify=verify):
-            found.damaged.append((tag, trouble))
-        else:
-            found.manifest = manifest
-        return
-    manifests = []
-    for name in list_tags(store) if store.root_exists() else []:
+def _choose(store: Store, tag: str | None, found: Found, *, verify: bool) -> None:
+    """Finds what a load restores: it asks the same search, and looks at the same files."""
+    search = found.search = Search(store, tag)
+    with bytes_progress("reading") if verify else nullcontext(lambda done, total: None) as show:
+        checker = Checker(store, contents=verify, progress=show)
         try:
-            manifests.append(load_manifest(store, name))
-        except StorageError as error:
-            found.damaged.append((name, error.what))
-    manifests.sort(key=lambda item: item.order, reverse=True)
-    for manifest in _from_latest(store, manifests, found):
-        if not (trouble := _trouble(store, manifest, verify=verify)):
-            found.manifest = manifest
-            break
-        found.damaged.append((manifest.tag, trouble))
+            target: Target | str | None = search.start()
+            if search.latest is not None and search.latest.newer is not None and search.latest.manifest is not None:
+                named, newer = search.latest.manifest.tag, search.latest.newer.tag
+                found.notes.append(f"`latest` names {named}, older than {newer}: a load takes what it names")
+            while isinstance(target, Target) and (damage := checker.check(target.manifest)):
+                name = target.manifest.tag
+                found.damaged += [Damaged(name, f"{item.what} ({item.where})", item.units) for item in damage]
+                target = search.without(damage)
+        except NewerFormatError:
+            raise
+        except (CorruptionError, FormatError, CheckpointNotFoundError):
+            if tag is not None:
+                raise
+            target = None
+    if tag is None:
+        # Also those that nothing needs now: another restart may.
+        search.manifests.readable()
+        there = search.manifests.tags()
+        found.damaged[:0] = [
+            Damaged(name, error.what) for name, error in search.manifests.unreadable() if name in there
+        ]
+    if isinstance(target, Target):
+        found.target = target
+    elif target:
+        found.why = target
 
 
-def _from_latest(store: Store, manifests: list[Manifest], found: _Found) -> list[Manifest]:
-    """Returns what a load may take, in its order: from what `latest` names on, unless a crash left that behind."""
-    try:
-        named = latest_tag(store)
-    except StorageError:
-        return manifests
-    at = next((number for number, manifest in enumerate(manifests) if manifest.tag == named), None)
-    if at is None or any(is_interrupted(store, manifest) for manifest in manifests[:at]):
-        return manifests
-    if at:
-        found.notes.append(f"`latest` names {named}, older than {manifests[0].tag}: a load takes what it names")
-    return manifests[at:]
+def _costs(target: Target) -> RestoreCosts:
+    now = restore_cost(target.manifest)
+    return RestoreCosts(now, restore_cost(target.plain) if target.plain is not None else now)
 
 
-def _trouble(store: Store, manifest: Manifest, *, verify: bool) -> str:
-    """Returns why a checkpoint cannot be loaded; empty if it can, as far as was looked."""
-    if verify:
-        report = storage_verify.verify(store, manifest.tag)
-        return "" if report.ok else f"{report.problems[0].what} ({report.problems[0].file})"
-    try:
-        for pack in manifest.packs:
-            PackReader(store, pack.path, pack.nbytes).check()
-        for extra in manifest.extra.values():
-            if not store.exists(extra.path):
-                return f"a file is missing ({store.locate(extra.path)})"
-    except MocError as error:
-        return f"{error.what} ({error.where})"
-    return ""
-
-
-def _nothing(store: Store, found: _Found) -> None:
+def _nothing(store: Store, found: Found) -> None:
     if found.damaged:
-        what = "; ".join(f"{tag}: {why}" for tag, why in found.damaged[:3])
+        what = "; ".join(f"{item.tag}: {item.why}" for item in found.damaged[:3]) + found.why
         raise CheckpointNotFoundError(
             f"no checkpoint in this directory can be loaded: {what}",
             where=store.url,
@@ -192,15 +165,11 @@ def _nothing(store: Store, found: _Found) -> None:
     )
 
 
-def _repair_latest(store: Store, found: _Found, *, dry_run: bool) -> None:
-    assert found.manifest is not None
-    try:
-        named = latest_tag(store)
-        # A checkpoint that is damaged otherwise is passed over by a load; `latest` only has to name one.
-        good = named is not None and (named == found.manifest.tag or load_manifest(store, named) is not None)
-    except MocError:
-        good = False
-    if not good or is_interrupted(store, found.manifest):
+def _repair_latest(store: Store, found: Found, *, dry_run: bool) -> None:
+    assert found.manifest is not None and found.search is not None
+    latest = found.search.latest
+    # A checkpoint that is damaged otherwise is passed over by a load; `latest` only has to name one.
+    if latest is None or not latest.is_right or is_interrupted(store, found.manifest):
         found.latest = found.manifest.tag
         if not dry_run:
             finish_pointer(store, found.manifest)
@@ -217,117 +186,3 @@ def _command(store: Store) -> tuple[list[str], str]:
         if isinstance(command, list) and command:
             return [str(word) for word in command], str(attempt.info.get("cwd", ""))
     return [], ""
-
-
-def _as_data(
-    store: Store, found: _Found, cost: RestoreCost | None, command: tuple[list[str], str], *, dry_run: bool
-) -> dict[str, Any]:
-    manifest, flush = found.manifest, found.flush
-    return {
-        "directory": store.url,
-        "dry_run": dry_run,
-        "tag": manifest.tag if manifest else None,
-        "step": manifest.step if manifest else None,
-        "flushed": found.flushed,
-        "memory": None
-        if flush is None
-        else {
-            "tag": flush.tag,
-            "step": flush.step,
-            "stored_step": flush.stored_step,
-            "experts": dict(flush.experts),
-            "bytes": flush.nbytes,
-        },
-        "notes": found.notes,
-        "damaged": [{"tag": tag, "why": why} for tag, why in found.damaged],
-        "latest_repaired_to": found.latest or None,
-        "experts": [
-            {"unit": f"expert/{layer.layer}/{expert}", "behind": steps}
-            for layer in (cost.layers if cost else ())
-            for expert, steps in layer.behind.items()
-        ],
-        "layers": [
-            {"layer": layer.layer, "module": layer.prefix, "tokens_lost": layer.tokens, "share": layer.share}
-            for layer in (cost.layers if cost else ())
-        ],
-        "tokens_lost": cost.tokens if cost else None,
-        "plt": cost.plt if cost else None,
-        "plt_before": cost.plt_before if cost else None,
-        "command": command[0] or None,
-        "cwd": command[1] or None,
-    }
-
-
-def _show(
-    store: Store, found: _Found, cost: RestoreCost | None, command: tuple[list[str], str], *, dry_run: bool
-) -> None:
-    console = stdout()
-    for note in found.notes:
-        console.print(Text.assemble(("note: ", "bold yellow"), note), soft_wrap=True)
-    if found.flush is not None:
-        console.print(_flush_text(found.flush, done=found.flushed), soft_wrap=True)
-    for tag, why in found.damaged:
-        console.print(Text.assemble(("damaged ", "bold red"), f"{tag}: {why}"), soft_wrap=True)
-    manifest = found.manifest
-    if manifest is None or cost is None:
-        return
-    if found.latest:
-        did = "would name" if dry_run else "now names"
-        why = "`latest` named no checkpoint, or a crash came before it was moved"
-        console.print(Text(f"{why}; it {did} {found.latest}"), soft_wrap=True)
-    head = f"{manifest.tag} in {store.url}: step {manifest.step:,}, committed {when(manifest.created)}"
-    label = "on storage now " if found.flush is not None and dry_run else "a restart goes on from "
-    console.print(Text.assemble((label, "bold green"), head), soft_wrap=True)
-    _show_cost(cost)
-    words, cwd = command
-    if words:
-        again = f"cd {shlex.quote(cwd)} && {shlex.join(words)}" if cwd else shlex.join(words)
-        console.print(Text.assemble(("start it again: ", "bold"), again), soft_wrap=True)
-    else:
-        console.print("start it again with the command that started it; load_checkpoint finds this checkpoint")
-
-
-def _flush_text(flush: Flush, *, done: bool) -> Text:
-    since = f"storage had step {flush.stored_step:,}" if flush.stored_step is not None else "storage had nothing"
-    what = (
-        f"step {flush.step:,} and {len(flush.experts):,} experts newer than storage, {size(flush.nbytes)} of "
-        f"{flush.world} ranks ({since})"
-    )
-    if done:
-        return Text.assemble(("flushed ", "bold green"), f"{what}: {flush.tag}")
-    return Text.assemble(("memory holds ", "bold"), f"{what}; without --dry-run it becomes {flush.tag}")
-
-
-def _show_cost(cost: RestoreCost) -> None:
-    console = stdout()
-    behind = [layer for layer in cost.layers if layer.behind]
-    if not cost.layers:
-        return
-    if not behind:
-        console.print("every expert is of that step: nothing is lost")
-        return
-    table = Table(title="experts that go back further", title_justify="left")
-    table.add_column("layer", justify="right")
-    table.add_column("module", overflow="fold")
-    table.add_column("steps behind: experts", overflow="fold")
-    table.add_column("tokens lost", justify="right")
-    table.add_column("share", justify="right")
-    for layer in behind[:_SHOWN_LAYERS]:
-        tokens = "unknown" if layer.tokens is None else f"{layer.tokens:,}"
-        share = "" if layer.share is None else f"{100 * layer.share:.2f} %"
-        table.add_row(str(layer.layer), Text(layer.prefix), _ages(layer), tokens, share)
-    console.print(table)
-    if len(behind) > _SHOWN_LAYERS:
-        console.print(f"… and {len(behind) - _SHOWN_LAYERS} more layers (--json has all)")
-    if cost.plt is not None and cost.plt_before is not None and cost.tokens is not None:
-        console.print(
-            f"{cost.tokens:,} tokens lost; PLT {100 * cost.plt_before:.2f} % so far, "
-            f"{100 * cost.plt:.2f} % with this restart"
-        )
-
-
-def _ages(layer: LayerLoss) -> str:
-    groups: dict[int, list[int]] = {}
-    for expert, steps in layer.behind.items():
-        groups.setdefault(steps, []).append(expert)
-    return "   ".join(f"{steps}: {number_ranges(experts)}" for steps, experts in sorted(groups.items()))

@@ -9,7 +9,7 @@ from moc_ckpt.errors import StaleAttemptError, StorageError
 from moc_ckpt.recovery.memory import Inventory, choose_newer
 from moc_ckpt.state.unit import parse_expert_unit
 from moc_ckpt.storage.attempts import admissible, ancestry, current_attempt
-from moc_ckpt.storage.checkpoint import list_checkpoints, load_manifest
+from moc_ckpt.storage.latest import Manifests, newest_of
 from moc_ckpt.storage.manifest import Manifest
 from moc_ckpt.storage.store import Store, open_store
 
@@ -27,10 +27,11 @@ class Flush:
         stored_step: step of the newest checkpoint of the run's timeline; None if there is none.
         experts: expert unit -> step of the version to write.
         world: number of ranks.
-        newest: the newest checkpoint of the timeline.
+        newest: the newest checkpoint of the timeline that `latest` may stand for.
         nbytes: bytes of the slots to write on this node; 0 until it is known.
         dense: it has dense state of its own. Otherwise it completes `newest`, whose dense state it shares: experts of
             which memory holds something newer than that checkpoint refers to, not after its step.
+        aside: tags of checkpoints that were saved aside, which stay what they are.
     """
 
     url: str
@@ -42,14 +43,15 @@ class Flush:
     newest: Manifest | None
     nbytes: int = 0
     dense: bool = True
+    aside: frozenset[str] = frozenset()
 
     @property
     def tag(self) -> str:
         """Tag of the checkpoint that it makes: the one that storage has of this step, if there is one."""
-        if not self.dense and self.newest is not None:
+        if self.newest is not None and (not self.dense or self.newest.step == self.step):
             return self.newest.tag
-        same = self.newest is not None and self.newest.step == self.step and not self.newest.kept
-        return self.newest.tag if same and self.newest is not None else f"global_step{self.step}"
+        tag = f"global_step{self.step}"
+        return tag if tag not in self.aside else f"{tag}_flushed"
 
 
 def plan_flush(memory: Inventory, store: Store) -> Flush | None:
@@ -84,13 +86,15 @@ def plan_flush(memory: Inventory, store: Store) -> Flush | None:
         )
     _check_attempt(store, attempt)
     manifests = _timeline(store, attempt)
-    newest = manifests[0] if manifests else None
+    # What was saved aside has no part in `latest`, so no restart goes on from it.
+    newest = newest_of(manifests)
     stored = _stored(store, attempt, manifests, chosen.step)
     experts = {unit: step for unit, step in chosen.experts.items() if step > stored.get(unit, -1)}
     if newest is not None and newest.step >= chosen.step and not experts:
         return None
     stored_step = newest.step if newest is not None else None
-    return Flush(store.url, attempt, chosen.step, stored_step, experts, memory.world, newest)
+    aside = frozenset(manifest.tag for manifest in manifests if manifest.kept)
+    return Flush(store.url, attempt, chosen.step, stored_step, experts, memory.world, newest, aside=aside)
 
 
 def plan_completion(memory: Inventory, store: Store) -> Flush | None:
@@ -113,7 +117,7 @@ def plan_completion(memory: Inventory, store: Store) -> Flush | None:
     attempt = _attempt_of(memory, store)
     _check_attempt(store, attempt)
     manifests = _timeline(store, attempt)
-    newest = next((manifest for manifest in manifests if not manifest.kept), None)
+    newest = newest_of(manifests)
     # Of a run that has restored and not yet committed memory holds nothing that is not after the checkpoint.
     if newest is None or newest.attempt != attempt:
         return None
@@ -177,13 +181,9 @@ def _check_attempt(store: Store, attempt: int) -> None:
 
 
 def _timeline(store: Store, attempt: int) -> list[Manifest]:
-    """Returns the readable checkpoints of a timeline, the newest first."""
+    """Returns the readable checkpoints of a timeline."""
     line = ancestry(store, attempt)
-    return [
-        load_manifest(store, summary.tag)
-        for summary in list_checkpoints(store)
-        if not summary.error and admissible((summary.attempt, summary.step), line)
-    ]
+    return [manifest for manifest in Manifests(store).readable() if admissible(manifest.version, line)]
 
 
 def _stored(store: Store, attempt: int, manifests: Sequence[Manifest], step: int) -> dict[str, int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.state.unit import parse_expert_unit
 from moc_ckpt.storage.manifest import Manifest
 
-__all__ = ["LayerLoss", "RestoreCost", "restore_cost"]
+__all__ = ["LayerLoss", "RestoreCost", "RestoreCosts", "restore_cost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class LayerLoss:
         experts: number of its experts.
         behind: expert -> steps that its version is behind the checkpoint; those that are not behind are left out.
         tokens: tokens lost; None if the checkpoint does not say.
-        share: of all tokens that the layer's experts have processed; None likewise.
+        processed: tokens that the layer's experts have processed; None likewise.
     """
 
     layer: int
@@ -30,7 +31,18 @@ class LayerLoss:
     experts: int
     behind: dict[int, int]
     tokens: int | None
-    share: float | None
+    processed: int | None
+
+    @property
+    def share(self) -> float | None:
+        """What part of the processed tokens is lost; None likewise."""
+        return self.share_of(self.tokens)
+
+    def share_of(self, tokens: int | None) -> float | None:
+        """Returns which part of the processed tokens so many are; None where either is unknown."""
+        if tokens is None or self.processed is None:
+            return None
+        return tokens / self.processed if self.processed else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,42 @@ class RestoreCost:
     tokens: int | None
     plt_before: float | None
     plt: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreCosts:
+    """What a restore gives up, and what damage has to do with it.
+
+    Attributes:
+        now: with the versions that are restored.
+        plain: if nothing of the checkpoint were damaged.
+    """
+
+    now: RestoreCost
+    plain: RestoreCost
+
+    @property
+    def damage_tokens(self) -> int | None:
+        """Tokens lost to damage; None if the checkpoint does not say."""
+        return _more(self.now.tokens, self.plain.tokens)
+
+    @property
+    def damage_plt(self) -> float | None:
+        """How much more PLT damage costs; None likewise."""
+        return _more(self.now.plt, self.plain.plt)
+
+    @property
+    def damage_by_layer(self) -> dict[int, int | None]:
+        """Tokens lost to damage by ordinal of the MoE layer; None likewise."""
+        pairs = zip(self.now.layers, self.plain.layers, strict=True)
+        return {now.layer: _more(now.tokens, plain.tokens) for now, plain in pairs}
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _more(now: _Number | None, plain: _Number | None) -> _Number | None:
+    return None if now is None or plain is None else now - plain
 
 
 def restore_cost(manifest: Manifest, total_tokens: float | None = None) -> RestoreCost:
@@ -78,10 +126,9 @@ def restore_cost(manifest: Manifest, total_tokens: float | None = None) -> Resto
     layers = []
     for number, layer in enumerate(manifest.moe_layers):
         tokens = lost[number] if lost is not None else None
-        processed = int(ledger.processed[number].sum()) if ledger is not None else 0
-        share = None if tokens is None else tokens / processed if processed else 0.0
+        processed = int(ledger.processed[number].sum()) if ledger is not None else None
         ages = dict(sorted(behind[layer.ordinal].items()))
-        layers.append(LayerLoss(layer.ordinal, layer.prefix, layer.num_experts, ages, tokens, share))
+        layers.append(LayerLoss(layer.ordinal, layer.prefix, layer.num_experts, ages, tokens, processed))
     return RestoreCost(
         layers,
         sum(lost) if lost is not None else None,

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from moc_ckpt.errors import CorruptionError
+from moc_ckpt.recovery.checks import Damage
 from moc_ckpt.recovery.memory_reads import MemoryPiece, aligned
 from moc_ckpt.recovery.resolver import Piece, Read, RecoveryPlan, Stored, StoredTensor
 from moc_ckpt.state.fragment import Fragment, TensorKey, itemsize
 from moc_ckpt.state.unit import parse_expert_unit
+from moc_ckpt.state.unit_text import compact_units
 from moc_ckpt.storage.checksum import crc32c
 from moc_ckpt.storage.manifest import FragmentRow, Manifest
 from moc_ckpt.storage.pack import PackReader
 from moc_ckpt.storage.store import Store
-from moc_ckpt.storage.verify import compact_units, explain_pack
+from moc_ckpt.storage.verify import explain_pack
 
-__all__ = ["Damage", "index_manifest", "stage", "try_stage"]
+__all__ = ["index_manifest", "stage", "try_stage"]
 
 
 def index_manifest(manifest: Manifest, wanted: Iterable[TensorKey] | None = None) -> dict[TensorKey, StoredTensor]:
@@ -41,28 +42,6 @@ def index_manifest(manifest: Manifest, wanted: Iterable[TensorKey] | None = None
         for key, record in zip(keys, manifest.tensors, strict=True)
         if key in found
     }
-
-
-class Damage(NamedTuple):
-    """What cannot be read of one pack, or of small state.
-
-    Attributes:
-        pack: path of the pack; empty for small state.
-        units: the units that this rank needs and that are not whole there.
-        what: what is wrong.
-        where: path or URL of the file.
-        fix: what can be done about it.
-    """
-
-    pack: str
-    units: tuple[str, ...]
-    what: str
-    where: str
-    fix: str
-
-    def error(self) -> CorruptionError:
-        """Returns the error that says so."""
-        return CorruptionError(self.what, where=self.where, fix=self.fix)
 
 
 def stage(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -17,11 +17,19 @@ from moc_ckpt.storage.checksum import crc32c
 from moc_ckpt.storage.pack_layout import METADATA_FILE, PackLayout, decode_metadata
 from moc_ckpt.storage.store import Store
 
-__all__ = ["PackReader"]
+__all__ = ["Fault", "PackReader"]
 
 _FIX = "restore from an older checkpoint (`moc-ckpt inspect` lists them) or another copy of this file"
 _DIRECT_PIECES = 64
 _Piece = tuple[int, int, np.ndarray]  # (first byte in the sub-chunk, one past the last, destination)
+
+
+class Fault(NamedTuple):
+    """Payload bytes [start, stop) of a pack that cannot be read, because the object that holds them is damaged."""
+
+    start: int
+    stop: int
+    error: CorruptionError
 
 
 class PackReader:
@@ -123,6 +131,27 @@ class PackReader:
         if self._nbytes:
             for shard in range(self._layout.shards):
                 self._check_index(shard)
+
+    def faults(self) -> list[Fault]:
+        """Returns what `check` finds, object by object; damaged metadata is a fault of all of the pack.
+
+        Raises:
+            StorageError: if the store cannot be read.
+        """
+        if not self._nbytes:
+            return []
+        try:
+            layout = self._layout
+        except CorruptionError as error:
+            return [Fault(0, self._nbytes, error)]
+        found = []
+        for shard in range(layout.shards):
+            try:
+                self._check_index(shard)
+            except CorruptionError as error:
+                start = shard * self.object_bytes
+                found.append(Fault(start, min(start + self.object_bytes, self._nbytes), error))
+        return found
 
     def scan(self) -> Iterator[tuple[int, np.ndarray | StorageError]]:
         """Reads the whole pack in order, one sub-chunk ahead, without stopping at damage.

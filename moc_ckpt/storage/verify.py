@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ from moc_ckpt.errors import StorageError
 from moc_ckpt.plan.coverage import coverage_problems, expert_problems
 from moc_ckpt.state.fragment import itemsize
 from moc_ckpt.state.unit import parse_expert_unit
+from moc_ckpt.state.unit_text import compact_units
 from moc_ckpt.storage.checkpoint import list_tags, load_manifest, manifest_key, read_extra
 from moc_ckpt.storage.checksum import crc32c
 from moc_ckpt.storage.manifest import FragmentRow, Manifest
@@ -20,14 +21,13 @@ __all__ = [
     "PackTrouble",
     "Problem",
     "VerifyReport",
-    "compact_units",
     "explain_pack",
     "first_damage",
-    "number_ranges",
+    "record_problems",
     "verify",
+    "verify_pack",
 ]
 
-_MOST_GROUPS = 12
 _MOST_TAGS = 8
 
 
@@ -99,20 +99,7 @@ def verify(store: Store, tag: str, progress: Callable[[int, int], None] | None =
         StorageError: if there is no readable manifest, so that there is nothing to compare with.
     """
     manifest = load_manifest(store, tag)
-    report = VerifyReport(tag, manifest.step)
-    where = store.locate(manifest_key(tag))
-    declared = manifest.declared()
-    for problem in coverage_problems(declared, manifest.spans()) + expert_problems(manifest.moe_layers, declared):
-        report.problems.append(Problem(where, problem))
-    for unit in manifest.units:
-        # Invariant I3: dense state of one version, no expert newer than it.
-        if parse_expert_unit(unit.name) is None and unit.version != manifest.version:
-            what = f"dense state of step {unit.step} of attempt {unit.attempt} in a checkpoint of step {manifest.step}"
-        elif unit.step > manifest.step:
-            what = f"an expert of step {unit.step}, which is after the checkpoint's step {manifest.step}"
-        else:
-            continue
-        report.problems.append(Problem(where, what, unit.name))
+    report = VerifyReport(tag, manifest.step, problems=record_problems(store, manifest))
     for extra in manifest.extra.values():
         try:
             read_extra(store, extra)
@@ -156,6 +143,45 @@ def first_damage(store: Store, manifest: Manifest) -> str:
         if not store.exists(extra.path):
             return f"a file is missing ({store.locate(extra.path)})"
     return ""
+
+
+def record_problems(store: Store, manifest: Manifest) -> list[Problem]:
+    """Returns what is wrong with a manifest by itself: holes (I1), and versions that cannot go together (I3)."""
+    where = store.locate(manifest_key(manifest.tag))
+    declared = manifest.declared()
+    found = coverage_problems(declared, manifest.spans()) + expert_problems(manifest.moe_layers, declared)
+    problems = [Problem(where, problem) for problem in found]
+    for unit in manifest.units:
+        # Dense state is of one version, and no expert is newer than it.
+        if parse_expert_unit(unit.name) is None and unit.version != manifest.version:
+            what = f"dense state of step {unit.step} of attempt {unit.attempt} in a checkpoint of step {manifest.step}"
+        elif unit.step > manifest.step:
+            what = f"an expert of step {unit.step}, which is after the checkpoint's step {manifest.step}"
+        else:
+            continue
+        problems.append(Problem(where, what, unit.name))
+    return problems
+
+
+def verify_pack(
+    store: Store,
+    manifest: Manifest,
+    index: int,
+    rows: list[FragmentRow],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Problem]:
+    """Reads one pack of a checkpoint and compares fragments in it; otherwise as `verify`.
+
+    Args:
+        store: the checkpoint root.
+        manifest: the checkpoint.
+        index: number of the pack.
+        rows: the fragments to compare.
+        progress: called with the bytes done.
+    """
+    report = VerifyReport(manifest.tag, manifest.step)
+    _PackCheck(store, manifest, index, rows, report, _Others(store, manifest.tag)).run(progress)
+    return report.problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,45 +234,6 @@ def explain_pack(store: Store, manifest: Manifest, path: str, error: StorageErro
         "what others need, and not by hand",
         gone,
     )
-
-
-def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
-    """Returns e.g. "0-3, 7"; an empty text for no numbers."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return separator.join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def compact_units(names: Iterable[str], most: int = _MOST_GROUPS) -> str:
-    """Returns unit names in a few words, e.g. "expert/0-3/2,5-7; dense/h.0.attn".
-
-    Args:
-        names: the units. Layers of which the same experts are named share one group.
-        most: groups to write; of more than that the rest is counted.
-    """
-    layers: dict[int, list[int]] = {}
-    groups: list[tuple[str, int]] = []
-    for name in sorted(set(names)):
-        place = parse_expert_unit(name)
-        if place is None:
-            groups.append((name, 1))
-        else:
-            layers.setdefault(place[0], []).append(place[1])
-    alike: dict[str, list[int]] = {}
-    for layer, experts in sorted(layers.items()):
-        alike.setdefault(number_ranges(experts, ","), []).append(layer)
-    experts_of = [
-        (f"expert/{number_ranges(some, ',')}/{text}", sum(len(layers[layer]) for layer in some))
-        for text, some in alike.items()
-    ]
-    groups = experts_of + groups
-    shown = "; ".join(text for text, _ in groups[:most])
-    more = sum(count for _, count in groups[most:])
-    return shown + (f"; and {more} more" if more else "")
 
 
 class _Pending:

@@ -1,7 +1,8 @@
 """The fault campaign: trains, kills, starts again, and checks what came back; seeded.
 
 A life is one start of a tiny 2-rank training in the checkpoint directory of the lives before it. It ends by a fault;
-the next life loads, and compares every tensor with what the oracle kept at the version that the checkpoint names.
+the next life loads, and compares every tensor with what the oracle kept at the version that the checkpoint names, and
+the lost tokens that the package reports with a recount from what the gates dispatched (`tally`).
 """
 
 from __future__ import annotations
@@ -96,9 +97,12 @@ def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startu
     """One life on one rank: loads and checks, then trains until the fault comes."""
     from distributed import harness
     from distributed.pec_tools import Diary, manifest
+    from distributed.test_pec_ledger import Gates
     from distributed.test_pipeline import build
 
     from campaign_tools.kill_at import TRAINER_POINTS, arm
+    from campaign_tools.tally import Tally
+    from moc_ckpt.events import read_events
     from moc_ckpt.storage.attempts import current_attempt
     from moc_ckpt.storage.store import open_store
 
@@ -111,20 +115,27 @@ def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startu
     life = Life(Path(path), number)
     diary = Diary(ctx, f"{path}/c", f"{path}/kept")
     engine = build(ctx, ROW, None, seed=3, **section(diary.path))
-    found, wrong = 0, []
+    gates = Gates(ctx, engine)
+    tally = Tally(Path(path) / "tally", ctx.rank, ctx.world, number, gates.experts)
+    found, lost, wrong = 0, None, []
     if (Path(diary.path) / "latest").exists():
         if number % 2:  # a run that trains before it loads has let go of memory: storage has to do
             harness.train(engine, 1, data_seed=5)
-        wrong = diary.load(engine)
+        where, _ = engine.load_checkpoint(diary.path)
+        assert where is not None
+        # Not the one that `latest` names: a crash may have come before it was moved.
+        tag = Path(where).name
+        wrong = diary.wrong(engine, tag)
         found = engine.global_steps
-        plt = recounted_plt(manifest(diary.path, None))
-        if abs(engine.moc.pec.ledger.plt - plt) > 1e-9:
-            wrong.append(f"PLT is {engine.moc.pec.ledger.plt}, a recount gives {plt}")
+        tally.restored(manifest(diary.path, tag))
+        events = [event.fields for event in read_events(open_store(diary.path)) if event.event == "RECOVERED"]
+        wrong += tally.differences(engine.moc.ledger, events[-1] if ctx.rank == 0 else None)
+        lost = sum(tally.counts()["recoveries"][-1])
     store = open_store(diary.path)
     present = current_attempt(store) if store.root_exists() else None
     attempt = (present.attempt if present else 0) + 1
     agent = engine.moc.pipeline.host.agent.agent_pid
-    life.note(f"rank{ctx.rank}", {"pid": os.getpid(), "agent": agent, "found": found, "wrong": wrong})
+    life.note(f"rank{ctx.rank}", {"pid": os.getpid(), "agent": agent, "found": found, "lost": lost, "wrong": wrong})
     ctx.barrier()
     if fault.point in TRAINER_POINTS and (fault.kind == "trainers" or ctx.rank == fault.victim):
         arm(TRAINER_POINTS[fault.point], fault.calls, after=fault.after)
@@ -133,9 +144,11 @@ def case_life(ctx: Any, path: str, number: int, fault: Fault, armed: str, startu
     def noted(*args: Any, **kwargs: Any) -> None:
         # Before the snapshot, so that nothing can come back that was not kept.
         diary.note(engine, attempt)
+        tally.trained(*gates.take(), (attempt, engine.global_steps))
         step_done(*args, **kwargs)
 
     engine.moc.step_done = noted
+    gates.on = True
     for _ in range(MOST_STEPS):
         harness.train(engine, 1)
         life.note(f"step{ctx.rank}", engine.global_steps)
@@ -183,19 +196,6 @@ class Life:
             if pid and (fault.kind != "trainer" or rank == fault.victim):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-
-
-def recounted_plt(body: dict[str, Any]) -> float:
-    """Equation 7 from a manifest's JSON: what earlier recoveries lost, and what this one loses."""
-    ledger = body["ledger"]
-    lost = [sum(item["lost"][layer] for item in ledger["recoveries"]) for layer in range(len(ledger["routed"]))]
-    for unit in body["units"]:
-        kind, *place = unit["name"].split("/")
-        if kind == "expert" and (unit["attempt"], unit["step"]) != (body["attempt"], body["step"]):
-            layer, expert = map(int, place)
-            learnt = ledger["processed"][layer][expert] - ledger["lost"][layer][expert]
-            lost[layer] += max(0, learnt - (unit["tokens"] or 0))
-    return sum(gone / total for gone, total in zip(lost, ledger["routed"], strict=True)) / len(lost)
 
 
 def held(folder: Path) -> int | None:
@@ -346,6 +346,9 @@ class Campaign:
             return self._wrong("lost_memory", life, f"found step {found}", f"memory held step {promise}")
         if promise is not None or stored is not None:
             self.counts["recovered"] += 1
+            # Every restore was recounted; those that lost something are what shows that counting is no formality.
+            self.counts["lossy"] += bool(ranks[0]["lost"])
+            self.counts["tokens_lost"] += ranks[0]["lost"] or 0
             self.came_back["memory" if (promise or 0) > (stored or 0) else "storage"] += 1
         return True
 
@@ -384,7 +387,7 @@ def run(
     return {
         "campaign": "faults",
         "seed": seed,
-        **{name: campaign.counts[name] for name in ("cases", "recovered", *BAD)},
+        **{name: campaign.counts[name] for name in ("cases", "recovered", "lossy", "tokens_lost", *BAD)},
         "came_back_from": dict(campaign.came_back),
         "by_fault": dict(sorted(campaign.by_fault.items())),
         "unexpected": campaign.unexpected,
@@ -394,6 +397,7 @@ def run(
 def table(result: dict[str, Any]) -> str:
     """Returns a result as text."""
     lines = [f"{result['cases']} faults, seed {result['seed']}: {result['recovered']} came back as promised"]
+    lines.append(f"  {result['lossy']} of them lost {result['tokens_lost']:,} tokens, as the gates' own counts say")
     lines += [f"  {name}: {result[name]}" for name in BAD]
     lines += [f"  came back from {place}: {count}" for place, count in sorted(result["came_back_from"].items())]
     lines += [f"  {fault}: {count}" for fault, count in result["by_fault"].items()]

@@ -51,6 +51,12 @@ class Gates:
                 self.kept[layer][expert] += int((output[3] == expert).sum())
         self.routed[layer] += args[0].shape[0] * gate.k
 
+    def take(self) -> tuple[Counts, list[int]]:
+        """What this rank's gates kept and what they were asked for since the last call."""
+        found = self.kept, self.routed
+        self._clear()
+        return found
+
     def train(self, data_seed: int) -> tuple[Counts, list[int]] | None:
         """One optimizer step; what it dispatched on all ranks, None if it was skipped."""
         skipped = self.engine.skipped_steps
@@ -61,7 +67,7 @@ class Gates:
         if self.engine.skipped_steps > skipped:
             return None
         kept, routed = [[0] * count for count in self.experts], [0] * len(self.experts)
-        for theirs, sent in self.ctx.gather((self.kept, self.routed)):
+        for theirs, sent in self.ctx.gather(self.take()):
             kept = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(kept, theirs, strict=True)]
             routed = [a + b for a, b in zip(routed, sent, strict=True)]
         return kept, routed

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
@@ -14,9 +17,12 @@ from storage_samples import flip, make_store, save
 from typer.testing import CliRunner
 
 from moc_ckpt.cli.main import app
+from moc_ckpt.errors import CorruptionError
+from moc_ckpt.recovery.checks import Checker
 from moc_ckpt.recovery.report import restore_cost
 from moc_ckpt.storage.checkpoint import latest_tag, load_manifest, manifest_key, pointer_key
 from moc_ckpt.storage.manifest import FragmentTable, encode_manifest
+from moc_ckpt.storage.pack_read import Fault, PackReader
 from moc_ckpt.storage.store import Store
 
 runner = CliRunner()
@@ -100,6 +106,57 @@ def test_a_missing_pack_is_found_and_named(store: Store, tmp_path: Path) -> None
     assert "global_step10" in out
 
 
+def test_a_missing_expert_goes_back_alone(store: Store, tmp_path: Path) -> None:
+    save(store, "global_step30", 30, experts=[(0, 0), (0, 2), (1, 3)])
+    (pack,) = tmp_path.rglob("global_step30/*/packs/rank_00001.experts")
+    shutil.rmtree(pack)
+    code, out, _ = run(store.url, "--json")
+    data = json.loads(out)
+    assert code == 1 and (data["tag"], data["step"], data["passed_over"]) == ("global_step30", 30, [])
+    assert {item["unit"]: (item["step"], item["tag"]) for item in data["fallback"]} == {
+        "expert/0/0": (20, "global_step20"),
+        "expert/0/2": (10, "global_step10"),
+        "expert/1/3": (20, "global_step20"),
+    }
+    assert {tuple(item["instead_of"].values()) for item in data["fallback"]} == {(1, 30)}
+    assert [(item["tag"], item["units"]) for item in data["damaged"]] == [
+        ("global_step30", ["expert/0/0", "expert/0/2", "expert/1/3"])
+    ]
+    versions = {item["unit"]: item["step"] for item in data["experts"]}
+    assert versions["expert/0/0"] == 20 and versions["expert/0/1"] == 20 and versions["expert/1/0"] == 10
+    code, out, _ = run(store.url)
+    assert code == 1 and "rank_00001.experts" in out and "because of damage" in out
+    assert "20: 0   10: 2" in out and "a restart goes on from global_step30" in out
+    # The next older version is damaged as well: its bytes, which only a whole read tells.
+    (pack,) = tmp_path.rglob("global_step20/*/packs/rank_00000.experts")
+    flip(pack / "c" / "0", 3)
+    assert json.loads(run(store.url, "--json")[1])["fallback"] == data["fallback"]
+    told = json.loads(run(store.url, "--json", "--verify")[1])["fallback"]
+    assert {item["unit"]: item["step"] for item in told}["expert/0/0"] == 10
+
+
+def test_an_object_that_the_checkpoint_does_not_need_does_no_harm(store: Store, tmp_path: Path) -> None:
+    """Of two objects of a pack one is gone; only the experts that have bytes in it go back."""
+    manifest = load_manifest(store, "global_step20")
+    pack = next(pack for pack in manifest.packs if "global_step20" in pack.path and pack.path.endswith("0.experts"))
+    damage = Checker(store).check(manifest)
+    assert damage == []
+    half = pack.nbytes // 2
+    error = CorruptionError("a file of a pack is missing", where="c/1")
+    with mock.patch.object(
+        PackReader, "faults", lambda self: [Fault(half, pack.nbytes, error)] * (self._key == pack.path)
+    ):
+        (found,) = Checker(store).check(manifest)
+    table, wanted = manifest.fragments, set()
+    for row in table:
+        stop = row.offset + 4 * (row.stop - row.start)
+        if manifest.packs[row.pack] == pack and stop > half:
+            wanted.add(manifest.units[row.unit].name)
+    assert set(found.units) == wanted and len(wanted) == 2
+    with mock.patch.object(PackReader, "faults", lambda self: [Fault(10**9, 2 * 10**9, error)]):
+        assert Checker(store).check(manifest) == []
+
+
 def test_only_a_whole_read_finds_changed_bytes(store: Store, tmp_path: Path) -> None:
     pack = next(tmp_path.rglob("global_step20/*/packs/rank_00000.dense"))
     file = next(file for file in pack.rglob("*") if file.is_file() and file.name != "zarr.json")
@@ -167,15 +224,23 @@ def test_a_large_checkpoint_is_answered_at_once(store: Store) -> None:
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
     )
     for verb in (["recover", store.url, "--dry-run"], ["inspect", store.url]):
-        begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *verb], capture_output=True, text=True, timeout=60, check=False
+        wall, cpu = [], []
+        for _ in range(5):
+            before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", code, *verb], capture_output=True, text=True, timeout=60, check=False
+            )
+            wall.append(time.perf_counter() - begin)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu.append((after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime))
+            assert done.returncode == 0, done.stdout + done.stderr
+        user, system = min(cpu, key=sum)
+        print(
+            f"{verb[0]}: best of 5: {min(wall):.2f} s, CPU {user:.2f} s user + {system:.2f} s system, "
+            f"for {len(rows):,} fragments"
         )
-        seconds = time.perf_counter() - begin
-        assert done.returncode == 0, done.stdout + done.stderr
-        print(f"{verb[0]}: {seconds:.2f} s for {len(rows):,} fragments")
-        # A timed test fails on a busy machine; ten times the promise means that something is wrong.
-        assert seconds < 10
+        # Others may use the machine as well: what it computes is below the promise, with room for slower machines.
+        assert user + system < 1
 
 
 def test_the_launcher_is_found_above_the_trainer(tmp_path: Path) -> None:

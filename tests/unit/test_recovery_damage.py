@@ -8,8 +8,9 @@ import pytest
 from storage_samples import DENSE, flip, make_store, save, tensor_values, write_rank
 
 from moc_ckpt.errors import CorruptionError, NewerFormatError
+from moc_ckpt.recovery.checks import Damage
 from moc_ckpt.recovery.resolver import RecoveryPlan, resolve
-from moc_ckpt.recovery.restorer import Damage, index_manifest, stage, try_stage
+from moc_ckpt.recovery.restorer import index_manifest, stage, try_stage
 from moc_ckpt.state.fragment import Fragment
 from moc_ckpt.state.unit import UnitMap, Version, expert_unit
 from moc_ckpt.storage.base import open_base, unit_tensors

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from storage_samples import ArraySource, make_store, random_bytes, save
 
 from moc_ckpt.errors import CheckpointNotFoundError
+from moc_ckpt.state.unit_text import compact_units, number_ranges
 from moc_ckpt.storage.checkpoint import manifest_key
 from moc_ckpt.storage.manifest import FragmentTable, Manifest, PackRecord, TensorRecord, UnitRecord, encode_manifest
 from moc_ckpt.storage.pack import plan_pack, write_pack
 from moc_ckpt.storage.store import Store
-from moc_ckpt.storage.verify import compact_units, number_ranges, verify
+from moc_ckpt.storage.verify import verify
 
 
 @pytest.fixture(params=["local", "memory"])

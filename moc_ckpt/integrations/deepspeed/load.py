@@ -22,11 +22,12 @@ from moc_ckpt.integrations.deepspeed.match import check_model
 from moc_ckpt.integrations.deepspeed.pec import Restored
 from moc_ckpt.integrations.deepspeed.rng import capture_rng, derive_rng, digest_rng, restore_rng
 from moc_ckpt.integrations.deepspeed.save import CLIENT_STATE, rank_file
+from moc_ckpt.recovery.checks import Damage
 from moc_ckpt.recovery.memory_reads import MemoryPiece, split_plan
 from moc_ckpt.recovery.peers import Fetched, fetch_from_peers
 from moc_ckpt.recovery.pinning import pinned
 from moc_ckpt.recovery.resolver import RecoveryPlan, StoredTensor, resolve
-from moc_ckpt.recovery.restorer import Damage, index_manifest, try_stage
+from moc_ckpt.recovery.restorer import index_manifest, try_stage
 from moc_ckpt.state.catalog import Catalog, dtype_name
 from moc_ckpt.state.fragment import MASTER, WEIGHT, Fragment, TensorKey
 from moc_ckpt.state.plain import decode_plain
