@@ -5,32 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_tools import state_of
 from distributed import harness
 from distributed.pec_tools import Diary, Place, everyone, manifest, row_experts, tags, verified, versions
 from distributed.pool import CaseHang, Pool
 from distributed.test_pipeline import build
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from agent_tools import state_of  # noqa: E402
-from campaign_tools.faults import recounted_plt  # noqa: E402
-
-from faults.network import Network, network, wait_for, why_not  # noqa: E402
-from faults.nodes_script import ROW  # noqa: E402
-from faults.test_flush import counted_reads, section, victims, warnings_of  # noqa: E402, F401 (a fixture)
-from moc_ckpt.errors import StorageError  # noqa: E402
-from moc_ckpt.snapshot.arena import Arena  # noqa: E402
-from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key  # noqa: E402
-from moc_ckpt.storage.checkpoint import LOCK  # noqa: E402
-from moc_ckpt.storage.store import open_store  # noqa: E402
+from faults.network import Network, network, wait_for, why_not
+from faults.nodes_script import ROW
+from faults.test_flush import counted_reads, section, victims, warnings_of  # noqa: F401 (a fixture)
+from moc_ckpt.errors import StorageError
+from moc_ckpt.snapshot.arena import Arena
+from moc_ckpt.snapshot.places import find_arenas, job_dir, job_key
+from moc_ckpt.storage.checkpoint import LOCK
+from moc_ckpt.storage.store import open_store
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
@@ -153,6 +147,19 @@ def test_experts_of_the_nodes_that_are_left(
         assert answer["plt"] < recounted_plt(before)
     assert any("the memory of ranks 1 of 2 is not here" in line for line in answers[0]["said"]), answers[0]["said"]
     assert [line for tag in tags(str(tmp_path / "c")) for line in verified(str(tmp_path / "c"), tag)] == []
+
+
+def recounted_plt(body: dict[str, Any]) -> float:
+    """Equation 7 from a manifest's JSON: what earlier recoveries lost, and what a restore of it loses."""
+    ledger = body["ledger"]
+    lost = [sum(item["lost"][layer] for item in ledger["recoveries"]) for layer in range(len(ledger["routed"]))]
+    for unit in body["units"]:
+        kind, *place = unit["name"].split("/")
+        if kind == "expert" and (unit["attempt"], unit["step"]) != (body["attempt"], body["step"]):
+            layer, expert = map(int, place)
+            learnt = ledger["processed"][layer][expert] - ledger["lost"][layer][expert]
+            lost[layer] += max(0, learnt - (unit["tokens"] or 0))
+    return sum(gone / total for gone, total in zip(lost, ledger["routed"], strict=True)) / len(lost)
 
 
 def case_reference(ctx: Any, path: str, tag: str, steps: int) -> list[str]:
