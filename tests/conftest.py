@@ -59,3 +59,12 @@ def ckpt_dir() -> Iterator[str]:
     yield path
     if os.environ.get("MOC_TEST_KEEP") != "1":
         shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """Removes what killed processes left in shared memory: hundreds of them would fill it."""
+    yield
+    from leftovers import remove_buffers
+
+    remove_buffers()

@@ -266,6 +266,8 @@ class Campaign:
 
     def directory(self, faults: int) -> None:
         """Lets a run of `faults` lives die in a new directory; one more life checks the last of them."""
+        from leftovers import remove_buffers
+
         from moc_ckpt.snapshot.places import job_dir, job_key
 
         root = Path(tempfile.mkdtemp(prefix="moc_faults_"))
@@ -300,6 +302,7 @@ class Campaign:
         finally:
             life.kill_agent()
             shutil.rmtree(root, ignore_errors=True)
+            remove_buffers()
 
     def _live(self, life: Life, fault: Fault) -> tuple[str, str]:
         """Runs one life; how it ended (`survived`, `killed`, `hang` or `error`), and details."""
