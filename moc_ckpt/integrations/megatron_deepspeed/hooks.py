@@ -72,7 +72,9 @@ def _install_ds_config(_: Checkout) -> None:
 
 
 def _find_steps(checkout: Checkout, _: Machine) -> Finding:
-    missing = require(checkout, _TRAINING, "setup_model_and_optimizer", "train", "train_step")
+    missing = require(checkout, _TRAINING, "setup_model_and_optimizer", "train", "train_step") or require(
+        checkout, "megatron.global_vars", "get_args"
+    )
     if missing is not None:
         return missing
     train = checkout.find(_TRAINING, "train")

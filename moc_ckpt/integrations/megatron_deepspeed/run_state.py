@@ -20,7 +20,12 @@ CHECKPOINT_VERSION = 3.0
 def megatron_args() -> Any:
     """Returns Megatron's global arguments; None before it has parsed them."""
     module = sys.modules.get("megatron.global_vars")
-    return getattr(module, "_GLOBAL_ARGS", None)
+    if module is None:
+        return None
+    try:
+        return module.get_args()
+    except AssertionError:
+        return None
 
 
 class RunState:

@@ -22,7 +22,7 @@ def _find(checkout: Checkout, machine: Machine) -> Finding:
 SHIM = Concern(
     name="gradient-accumulation-fusion",
     why="the linear layers refuse to be built without apex unless --no-gradient-accumulation-fusion is given",
-    since="Megatron-DeepSpeed of 2023",
+    since="Megatron-DeepSpeed of February 2022",
     replaces="the default of --no-gradient-accumulation-fusion",
     find=_find,
     install=lambda _: set_default("gradient_accumulation_fusion", False),

@@ -60,7 +60,7 @@ def _install(_: Checkout) -> None:
 SHIM = Concern(
     name="attention-view",
     why="with a micro-batch above 1 and without flash attention the first step dies in view()",
-    since="Megatron-DeepSpeed of 2023 (when query, key and value became slices of one tensor)",
+    since="Megatron-DeepSpeed of December 2024, where query, key and value are slices of one tensor",
     replaces="megatron.model.transformer.CoreAttention.forward, which gets contiguous inputs",
     find=_find,
     install=_install,

@@ -24,7 +24,7 @@ def _find(checkout: Checkout, machine: Machine) -> Finding:
 SHIM = Concern(
     name="masked-softmax-fusion",
     why="with --bf16 or --fp16 the attention imports a compiled softmax unless --no-masked-softmax-fusion is given",
-    since="Megatron-DeepSpeed of 2022",
+    since="Megatron-DeepSpeed of January 2021",
     replaces="the default of --no-masked-softmax-fusion",
     find=_find,
     install=lambda _: set_default("masked_softmax_fusion", False),

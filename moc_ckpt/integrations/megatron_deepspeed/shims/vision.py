@@ -27,7 +27,7 @@ def _install(_: Checkout) -> None:
 SHIM = Concern(
     name="vision-import",
     why="megatron.training imports a vision module, which needs torchvision, also for language models",
-    since="Megatron-DeepSpeed of 2022",
+    since="Megatron-DeepSpeed of January 2022",
     replaces=f"the module {_MODULE}",
     find=_find,
     install=_install,
