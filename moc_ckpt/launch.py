@@ -55,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _wrong_use(f"no such script: {script}")
     from moc_ckpt.integrations.megatron_deepspeed.checkout import find_checkout
 
-    checkout = find_checkout(script)
+    try:
+        checkout = find_checkout(script)
+    except MocError as error:
+        print(f"moc_ckpt.launch: {error}", file=sys.stderr)
+        return 2
     rest = arguments[1:]
     if checkout is not None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,8 +37,14 @@ REAL = os.environ.get("MEGATRON_DEEPSPEED_DIR", "")
 NO_REAL = "MEGATRON_DEEPSPEED_DIR names no checkout of Megatron-DeepSpeed"
 PATIENCE_S = 420.0
 
-_LOSS = re.compile(r"^ iteration +(\d+)/ +\d+ \|.* consumed samples: +(\d+) .*learning rate: ([^ ]+) .*lm loss: ([^ ]+) ")
+_LOSS = re.compile(
+    r"^ iteration +(\d+)/ +\d+ \|.* consumed samples: +(\d+) .*learning rate: ([^ ]+) .*lm loss: ([^ ]+) "
+)
 _VALID = re.compile(r"validation loss at iteration (\d+) .*lm loss value: ([^ ]+) ")
+# What differs from run to run, and what nobody asked for.
+_SHORT = re.compile(
+    r" (elapsed time|global batch|loss scale|actual seqlen|samples per|tokens per|TFLOPs)[^|]*\||number of.*"
+)
 _LOADED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
 
 
@@ -60,11 +67,11 @@ class Tree:
         return self.root / "pretrain_gpt.py"
 
 
-_COMMON = (
+_COMMON = shlex.split(
     "--num-layers 2 --num-attention-heads 2 --num-experts 4 --expert-interval 2 --topk 1 --create-moe-param-group "
     "--no-pipeline-parallel --global-batch-size 4 --lr 1e-3 --lr-decay-iters 20 --lr-warmup-iters 2 --min-lr 1e-5 "
     "--seed 11 --eval-iters 1 --eval-interval 5 --num-workers 0 --zero-stage 2 --deepspeed"
-).split()
+)
 
 
 def mini() -> Tree:
@@ -86,8 +93,10 @@ def real(folder: Path) -> Tree:
     command += ["--dataset-impl", "mmap", "--append-eod", "--workers", "1"]
     env = worker_env(PYTHONPATH=packages)
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=PATIENCE_S)
-    shape = "--hidden-size 32 --seq-length 32 --max-position-embeddings 32 --data-impl mmap --split 90,10,0".split()
-    shape += "--tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --lr-decay-style cosine".split()
+    shape = shlex.split(
+        "--hidden-size 32 --seq-length 32 --max-position-embeddings 32 --data-impl mmap --split 90,10,0 "
+        "--tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --lr-decay-style cosine"
+    )
     return Tree(root, (*_COMMON, *shape, "--data-path", str(folder / "data_text_document")), packages)
 
 
@@ -241,7 +250,7 @@ class Place:
 
     def _note(self, run: Run, signalled: int) -> None:
         kept = [
-            line[:200]
+            _SHORT.sub("", line)[:260]
             for line in run.log.splitlines()
             if line.startswith((" iteration", "[moc_ckpt]", "moc_ckpt.launch:")) or _LOADED.search(line)
         ]

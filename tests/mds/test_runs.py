@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from mds import runs
 from mds.runs import Place, Run, Tree
 
@@ -14,10 +16,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
 
 STEPS = 12
 #: Every step in memory, every expert in it, and nothing left out on a busy machine.
-ON = (
+ON = shlex.split(
     "--moc-enabled --moc-snapshot-interval 1 --moc-k-snapshot 4 --moc-k-persist 4 --moc-host-on-busy wait "
     "--moc-host-linger-s 300 --moc-timeouts-rendezvous-s 300"
-).split()
+)
 
 
 @pytest.fixture(scope="session", params=["mini", "real"])
@@ -76,7 +78,10 @@ def test_kill_and_resume_exactly(here: Place, tree: Tree, world: int, dtype: str
     assert cold.since(4) == full.since(4)
     runs.settled(stored, f"global_step{STEPS}")
     for other in (cut, stored):
-        assert runs.differences(runs.tensors(whole, f"global_step{STEPS}"), runs.tensors(other, f"global_step{STEPS}")) == []
+        assert (
+            runs.differences(runs.tensors(whole, f"global_step{STEPS}"), runs.tensors(other, f"global_step{STEPS}"))
+            == []
+        )
 
 
 @pytest.mark.parametrize(("world", "ep", "new_world", "new_ep"), [(2, 2, 2, 1), (2, 2, 4, 4), (4, 2, 2, 2)])
@@ -94,7 +99,9 @@ def test_resize(here: Place, world: int, ep: int, new_world: int, new_ep: int) -
     after = train(here, first, *ON, steps=9, world=new_world, ep=new_ep).ok()
     assert after.loaded == 6
     assert [int(samples) for samples, _ in after.rates.values()] == [28, 32, 36]
-    assert all(abs(float(loss) - float(before.losses[6])) < 0.5 * float(before.losses[6]) for loss in after.losses.values())
+    assert all(
+        abs(float(loss) - float(before.losses[6])) < 0.5 * float(before.losses[6]) for loss in after.losses.values()
+    )
 
 
 def test_partial_experts(here: Place) -> None:
@@ -117,11 +124,16 @@ def test_switched_off_it_trains_as_the_stock_script(here: Place) -> None:
     stock = here.run(*arguments, launcher=[str(Path(__file__).with_name("stock.py"))], world=4)
     stock = stock.ok()
     # With stock loaders: they draw from the generator that dropout draws from.
-    ours = here.run(*arguments, before=["--moc-no-shim", "loader-rng"], world=4).ok()
+    ours = here.run(*arguments, before=["--moc-no-shim", "loader-rng,scripted-fusion"], world=4).ok()
     assert len(stock.losses) == 6
     assert ours.losses == stock.losses
     assert ours.validation == stock.validation
-    off = here.run(*arguments, section={"enabled": False, "k_persist": 1}, before=["--moc-no-shim", "loader-rng"], world=4)
+    off = here.run(
+        *arguments,
+        section={"enabled": False, "k_persist": 1},
+        before=["--moc-no-shim", "loader-rng,scripted-fusion"],
+        world=4,
+    )
     assert off.ok().losses == stock.losses
 
 
@@ -171,7 +183,15 @@ def test_torchrun(tree: Tree, here: Place) -> None:
 
     directory = here.folder / "torchrun"
     config = here.ds_config(2, "fp32", {"enabled": True, "selection": "full"})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     command += ["-m", "moc_ckpt.launch", "--moc-no-shim", "loader-rng", str(tree.script), *tree.arguments]
     command += ["--moe-expert-parallel-size", "2", "--deepspeed_config", str(config), "--micro-batch-size", "2"]
     command += ["--train-iters", "2", "--save", str(directory)]

@@ -18,14 +18,14 @@ from moc_ckpt.errors import ClientStateError
 __all__ = ["decode", "encode"]
 
 _MARK = "__moc__"
-_LEAVES = (int, float, str, bool, bytes, type(None))
+_LEAVES = (int, float, str, bool, type(None))
 _MAX_DEPTH = 16
 # As for arguments that cache what follows from the others, such as rotary embeddings.
 _LARGE = 1 << 20
 
 
 def encode(value: Any, _depth: int = 0) -> Any:
-    """Returns plain data for a client_state: numbers, strings, bytes, None, lists, tuples and dicts of them."""
+    """Returns plain data for a client_state: numbers, strings, None, lists, tuples and dicts of them."""
     kind = type(value)
     if kind in _LEAVES:
         return value
@@ -40,15 +40,22 @@ def encode(value: Any, _depth: int = 0) -> Any:
         elif isinstance(value, np.generic) and value.dtype.kind in "biuf":
             return value.item()
         elif kind is np.ndarray and value.dtype.kind in "biuf" and value.nbytes <= _LARGE:
-            return {_MARK: "ndarray", "dtype": value.dtype.str, "shape": list(value.shape), "data": value.tobytes()}
+            return {
+                _MARK: "ndarray",
+                "dtype": value.dtype.str,
+                "shape": list(value.shape),
+                "data": _text(value.tobytes()),
+            }
         elif isinstance(value, torch.Tensor) and value.nbytes <= _LARGE:
             flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
             return {
                 _MARK: "tensor",
                 "dtype": str(value.dtype).removeprefix("torch."),
                 "shape": list(value.shape),
-                "data": flat.numpy().tobytes(),
+                "data": _text(flat.numpy().tobytes()),
             }
+        elif kind is bytes:
+            return {_MARK: "bytes", "data": _text(value)}
         elif kind is torch.dtype:
             return {_MARK: "dtype", "name": str(value).removeprefix("torch.")}
     return {_MARK: "object", "type": f"{kind.__module__}.{kind.__qualname__}"}
@@ -78,16 +85,18 @@ def decode(value: Any, live: Any = None) -> Any:
         if mark == "namespace":
             return _namespace(value["items"], live)
         if mark == "ndarray":
-            return np.frombuffer(bytearray(value["data"]), np.dtype(value["dtype"])).reshape(value["shape"])
+            return np.frombuffer(_raw(value), np.dtype(value["dtype"])).reshape(value["shape"])
         if mark == "tensor":
-            data = bytearray(value["data"])
+            data = _raw(value)
             raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
             return raw.view(_dtype(value["dtype"])).view(value["shape"])
+        if mark == "bytes":
+            return bytes(_raw(value))
         if mark == "dtype":
             return _dtype(value["name"])
         if mark == "object":
             return None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _unknown(f"{mark}: {error}") from error
     raise _unknown(str(mark))
 
@@ -101,6 +110,15 @@ def _namespace(items: Mapping[str, Any], live: Any) -> argparse.Namespace:
         else:
             setattr(result, name, decode(item))
     return result
+
+
+def _text(data: bytes) -> str:
+    """Torch pickles bytes by functions, and text as text."""
+    return data.decode("latin-1")
+
+
+def _raw(value: Mapping[str, Any]) -> bytearray:
+    return bytearray(value["data"].encode("latin-1"))
 
 
 def _dtype(name: str) -> torch.dtype:

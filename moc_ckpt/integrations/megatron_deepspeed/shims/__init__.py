@@ -12,6 +12,7 @@ from moc_ckpt.integrations.megatron_deepspeed.shims import (
     expert_keys,
     fused_kernels,
     loader_rng,
+    scripted_fusion,
     softmax_fusion,
     universal_info,
     vision,
@@ -29,6 +30,7 @@ SHIMS: tuple[Concern, ...] = (
     compression.SHIM,
     attention_view.SHIM,
     loader_rng.SHIM,
+    scripted_fusion.SHIM,
     universal_info.SHIM,
     expert_keys.SHIM,
 )

@@ -48,9 +48,9 @@ def parse_args(extra_args_provider=None, ignore_unknown_args=False):
         parser.add_argument(f"--{name}", action="store_true")
     # obstacle: both are on by default and need what is not installed
     parser.add_argument("--no-masked-softmax-fusion", action="store_false", dest="masked_softmax_fusion")
-    parser.add_argument(
-        "--no-gradient-accumulation-fusion", action="store_false", dest="gradient_accumulation_fusion"
-    )
+    parser.add_argument("--no-gradient-accumulation-fusion", action="store_false", dest="gradient_accumulation_fusion")
+    # obstacle: a scripted function computes its first calls otherwise than the others
+    parser.add_argument("--no-bias-dropout-fusion", action="store_false", dest="bias_dropout_fusion")
     if extra_args_provider is not None:
         parser = extra_args_provider(parser)
     parser = deepspeed.add_config_arguments(parser)

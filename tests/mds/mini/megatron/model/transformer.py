@@ -6,6 +6,13 @@ from deepspeed.moe.layer import MoE
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
+def dropout_add(hidden, residual, prob: float):
+    return residual + torch.nn.functional.dropout(hidden, p=prob, training=True)
+
+
+dropout_add_fused = torch.jit.script(dropout_add)
+
+
 class CoreAttention(torch.nn.Module):
     def __init__(self, args):
         super().__init__()
@@ -56,7 +63,8 @@ class ParallelTransformerLayer(torch.nn.Module):
         self.input_layernorm = torch.nn.LayerNorm(args.hidden_size)
         self.self_attention = ParallelAttention(args)
         self.post_attention_layernorm = torch.nn.LayerNorm(args.hidden_size)
-        self.dropout = torch.nn.Dropout(args.hidden_dropout)
+        self.prob = args.hidden_dropout
+        self.add = dropout_add_fused if args.bias_dropout_fusion else dropout_add
         if number % args.expert_interval == 0:
             self.mlp = MoE(
                 args.hidden_size,
@@ -72,13 +80,16 @@ class ParallelTransformerLayer(torch.nn.Module):
             self.mlp = ParallelMLP(args)
 
     def forward(self, hidden, mask):
-        hidden = hidden + self.dropout(self.self_attention(self.input_layernorm(hidden), mask))
+        hidden = self.residual(self.self_attention(self.input_layernorm(hidden), mask), hidden)
         out, loss = self.post_attention_layernorm(hidden), None
         if isinstance(self.mlp, MoE):
             out, loss, _ = self.mlp(out)
         else:
             out = self.mlp(out)
-        return hidden + self.dropout(out), loss
+        return self.residual(out, hidden), loss
+
+    def residual(self, change, hidden):
+        return self.add(change, hidden, self.prob) if self.training else hidden + change
 
 
 class ParallelTransformer(torch.nn.Module):
