@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -56,11 +55,13 @@ class Tree:
         root: of the tree.
         arguments: that make a tiny model of its script.
         python_path: where its packages lie.
+        other_length: arguments of a run that resumes one of another length, whose schedule the script would refuse.
     """
 
     root: Path
     arguments: tuple[str, ...]
     python_path: str = ""
+    other_length: tuple[str, ...] = ()
 
     @property
     def script(self) -> Path:
@@ -97,7 +98,8 @@ def real(folder: Path) -> Tree:
         "--hidden-size 32 --seq-length 32 --max-position-embeddings 32 --data-impl mmap --split 90,10,0 "
         "--tokenizer-type NullTokenizer --vocab-size 127 --log-interval 1 --lr-decay-style cosine"
     )
-    return Tree(root, (*_COMMON, *shape, "--data-path", str(folder / "data_text_document")), packages)
+    own = (*_COMMON, *shape, "--data-path", str(folder / "data_text_document"))
+    return Tree(root, own, packages, ("--override-opt_param-scheduler",))
 
 
 @dataclass
@@ -111,7 +113,6 @@ class Run:
 
     codes: list[int]
     log: str
-    killed: bool = False
 
     @cached_property
     def losses(self) -> dict[int, str]:
@@ -182,12 +183,10 @@ class Place:
         world: int = 2,
         ep: int = 2,
         dtype: str = "fp32",
-        launcher: Sequence[str] | None = ("-m", "moc_ckpt.launch"),
+        launcher: Sequence[str] = ("-m", "moc_ckpt.launch"),
         before: Sequence[str] = (),
         section: dict[str, object] | None = None,
-        kill_after: int = 0,
-        sigterm_after: int = 0,
-        environment: dict[str, str] | None = None,
+        at: tuple[int, str] = (0, ""),
     ) -> Run:
         """Trains.
 
@@ -199,9 +198,7 @@ class Place:
             launcher: what comes between the interpreter and the script.
             before: options of the launcher.
             section: "moc_checkpoint" of the ds_config.
-            kill_after: kill all ranks with SIGKILL once this iteration is printed; 0: do not.
-            sigterm_after: likewise, with SIGTERM to rank 0.
-            environment: more of it.
+            at: what happens once an iteration is printed: `kill` all ranks, `term` rank 0, or a file is made.
         """
         port = free_port()
         config = self.ds_config(world, dtype, section)
@@ -218,10 +215,9 @@ class Place:
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
                 MOC_SHM_DIR=str(self.shared),
-                **(environment or {}),
             )
             env["PYTHONPATH"] = paths
-            command = [sys.executable, *(launcher or ()), f"--local_rank={rank}" if launcher else "", *before]
+            command = [sys.executable, *launcher, f"--local_rank={rank}" if "-m" in launcher else "", *before]
             command = [*filter(None, command), str(self.tree.script), *own]
             logs.append(self.folder / f"run{self.runs}.rank{rank}.log")
             with logs[-1].open("wb") as log:
@@ -230,31 +226,37 @@ class Place:
                 shown = " ".join(command[1:]).replace(str(HERE.parent.parent), ".")
                 self.transcript.append(f"[world {world}] python {shown}")
         try:
-            if kill_after or sigterm_after:
-                mark = re.compile(rf"^ iteration +{kill_after or sigterm_after}/", re.MULTILINE)
+            iteration, what = at
+            if what:
+                mark = re.compile(rf"^ iteration +{iteration}/", re.MULTILINE)
                 agent_tools.wait_until(
                     lambda: mark.search(logs[-1].read_text(errors="replace")) or any(p.poll() for p in processes),
                     "the iteration",
                     PATIENCE_S,
                 )
-                for process in processes if kill_after else processes[:1]:
-                    process.send_signal(signal.SIGKILL if kill_after else signal.SIGTERM)
+                if what == "kill":
+                    for process in processes:
+                        process.kill()
+                elif what == "term":
+                    processes[0].send_signal(signal.SIGTERM)
+                else:
+                    Path(what).touch()
             codes = [process.wait(PATIENCE_S) for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        run = Run(codes, "\n".join(log.read_text(errors="replace") for log in logs), bool(kill_after))
-        self._note(run, kill_after or sigterm_after)
+        run = Run(codes, "\n".join(log.read_text(errors="replace") for log in logs))
+        self._note(run, at)
         return run
 
-    def _note(self, run: Run, signalled: int) -> None:
+    def _note(self, run: Run, at: tuple[int, str]) -> None:
         kept = [
             _SHORT.sub("", line)[:260]
             for line in run.log.splitlines()
             if line.startswith((" iteration", "[moc_ckpt]", "moc_ckpt.launch:")) or _LOADED.search(line)
         ]
-        end = f"exit statuses {run.codes}" + (f", signal after iteration {signalled}" if signalled else "")
+        end = f"exit statuses {run.codes}" + (f", after iteration {at[0]}: {at[1]}" if at[1] else "")
         self.transcript += [*kept, f"-> {end}", ""]
         path = os.environ.get("MOC_TRANSCRIPT")
         if path:
@@ -308,7 +310,3 @@ def differences(left: dict[tuple[str, str], np.ndarray], right: dict[tuple[str, 
 def settled(directory: Path, tag: str) -> None:
     """Waits until a checkpoint exists."""
     agent_tools.wait_until((directory / tag / "manifest.json").exists, f"{tag} to be committed", 120.0)
-
-
-def seconds() -> float:
-    return time.monotonic()

@@ -37,12 +37,10 @@ def here(tree: Tree, tmp_path: Path) -> Iterator[Place]:
         yield found
 
 
-def sizes(tree: Tree) -> list[tuple[int, str]]:
-    return [(2, "fp32"), (4, "bf16")]
-
-
 def train(here: Place, directory: Path, *more: str, steps: int = STEPS, **options: object) -> Run:
     where = ["--save", str(directory), "--load", str(directory), "--save-interval", "4"]
+    if steps != STEPS:
+        where += here.tree.other_length
     return here.run("--train-iters", str(steps), *where, *more, **options)  # type: ignore[arg-type]
 
 
@@ -58,7 +56,7 @@ def test_kill_and_resume_exactly(here: Place, tree: Tree, world: int, dtype: str
     assert len(set(full.losses.values())) > STEPS // 2
     runs.settled(whole, f"global_step{STEPS}")
 
-    killed = train(here, cut, *ON, kill_after=7, **kind)
+    killed = train(here, cut, *ON, at=(7, "kill"), **kind)
     assert set(killed.codes) == {-9}
     runs.settled(cut, "global_step4")
     # Only what storage has: without the directories in memory, which a copy of save_dir has nothing to do with.
@@ -90,9 +88,8 @@ def test_resize(here: Place, world: int, ep: int, new_world: int, new_ep: int) -
     first, second = here.folder / "first", here.folder / "second"
     before = train(here, first, *ON, steps=6, world=world, ep=ep).ok()
     runs.settled(first, "global_step6")
-    moved = here.run(
-        *("--train-iters", "6", "--load", str(first), "--save", str(second)), *ON, world=new_world, ep=new_ep
-    ).ok()
+    where = ["--load", str(first), "--save", str(second), "--save-interval", "4", *here.tree.other_length]
+    moved = here.run("--train-iters", "6", *where, *ON, world=new_world, ep=new_ep).ok()
     assert moved.loaded == 6
     runs.settled(second, "global_step6")
     assert runs.differences(runs.tensors(first, "global_step6"), runs.tensors(second, "global_step6")) == []
@@ -109,7 +106,7 @@ def test_partial_experts(here: Place) -> None:
     directory = here.folder / "pec"
     partial = ["--moc-enabled", "--moc-k-snapshot", "1", "--moc-k-persist", "1", "--moc-balance", "none"]
     partial += ["--moc-no-dynamic-k", "--moc-no-recovery-memory"]
-    killed = train(here, directory, *partial, steps=30, kill_after=10)
+    killed = train(here, directory, *partial, steps=30, at=(10, "kill"))
     assert set(killed.codes) == {-9}
     runs.settled(directory, "global_step8")
     resumed = train(here, directory, *partial, steps=STEPS).ok()
@@ -157,12 +154,10 @@ def test_every_exit_saves_every_expert(here: Place, way: str) -> None:
     elif way == "kill_switch":
         switch = here.folder / "switch"
         settings += ["--kill-switch-file", str(switch)]
-        if here.tree.root.name != "mini":
-            pytest.skip("a real checkout looks for the file before it begins, so it would have to appear in between")
-        switch.write_text("")
+        options["at"] = (6, str(switch))
     else:
         settings += ["--exit-signal-handler", *(["--moc-no-preempt-save"] if way == "signal" else [])]
-        options["sigterm_after"] = 6
+        options["at"] = (6, "term")
     left = train(here, directory, *settings, steps=4000, **options)
     assert set(left.codes) == ({143} if way == "preempt" else {0}), left.log[-4000:]
     last = max(left.losses)
@@ -194,7 +189,7 @@ def test_torchrun(tree: Tree, here: Place) -> None:
     ]
     command += ["-m", "moc_ckpt.launch", "--moc-no-shim", "loader-rng", str(tree.script), *tree.arguments]
     command += ["--moe-expert-parallel-size", "2", "--deepspeed_config", str(config), "--micro-batch-size", "2"]
-    command += ["--train-iters", "2", "--save", str(directory)]
+    command += ["--train-iters", "2", "--save", str(directory), "--save-interval", "2"]
     env = worker_env(MOC_SHM_DIR=str(here.shared))
     root = str(runs.HERE.parent.parent)
     env["PYTHONPATH"] = f"{root}:{tree.python_path}" if tree.python_path else root

@@ -181,7 +181,7 @@ def _wrap_save(module: ModuleType) -> None:
 
 def _wrap_engine(module: ModuleType) -> None:
     """The plugin's own hook is registered first, so what is wrapped here saves through the plugin."""
-    from moc_ckpt.integrations.megatron_deepspeed.plain import decode, encode
+    from moc_ckpt.integrations.megatron_deepspeed.plain import decode, encode, is_encoded
 
     engine_class = module.DeepSpeedEngine
     save, load = engine_class.save_checkpoint, engine_class.load_checkpoint
@@ -202,7 +202,7 @@ def _wrap_engine(module: ModuleType) -> None:
     @functools.wraps(load)
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         path, state = load(self, *args, **kwargs)
-        if getattr(self, "moc", None) is not None and isinstance(state, Mapping):
+        if isinstance(state, Mapping) and is_encoded(state):
             state = decode(state, megatron_args())
         return path, state
 

@@ -15,7 +15,7 @@ import torch
 
 from moc_ckpt.errors import ClientStateError
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "is_encoded"]
 
 _MARK = "__moc__"
 _LEAVES = (int, float, str, bool, type(None))
@@ -59,6 +59,12 @@ def encode(value: Any, _depth: int = 0) -> Any:
         elif kind is torch.dtype:
             return {_MARK: "dtype", "name": str(value).removeprefix("torch.")}
     return {_MARK: "object", "type": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def is_encoded(state: Mapping[str, Any]) -> bool:
+    """Tells whether a client_state is Megatron's and was encoded; one that DeepSpeed saved has its args as they are."""
+    args = state.get("args")
+    return isinstance(args, Mapping) and args.get(_MARK) == "namespace"
 
 
 def decode(value: Any, live: Any = None) -> Any:
