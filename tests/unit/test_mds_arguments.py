@@ -86,6 +86,13 @@ def test_save_dir_is_where_the_script_saves() -> None:
     assert "save_dir" not in section("--moc-k-persist", "1", save="runs/a"), "it is not enabled"
 
 
+def test_a_script_that_handles_the_signal_keeps_it() -> None:
+    assert merge(None, parse("--moc-enabled"), save=None, own_signal=True) == {"enabled": True, "preempt_save": False}
+    both = merge(None, parse("--moc-enabled", "--moc-preempt-save"), save=None, own_signal=True)
+    assert both == {"enabled": True, "preempt_save": True}
+    assert merge({"enabled": True}, parse(), save=None, own_signal=False) == {"enabled": True}
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -110,13 +110,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def merge(section: Any, arguments: argparse.Namespace, *, save: str | None) -> dict[str, Any] | None:
+def merge(
+    section: Any, arguments: argparse.Namespace, *, save: str | None, own_signal: bool = False
+) -> dict[str, Any] | None:
     """Returns the section of a ds_config with the arguments over it.
 
     Args:
         section: what the ds_config has under the key; None if nothing.
         arguments: the parsed arguments.
         save: the script's own `--save`: where automatic checkpoints go unless `save_dir` says otherwise.
+        own_signal: the script handles SIGTERM itself, so `preempt_save` is off unless something says otherwise.
 
     Returns:
         The section; None if neither the ds_config nor the arguments have anything.
@@ -140,6 +143,8 @@ def merge(section: Any, arguments: argparse.Namespace, *, save: str | None) -> d
         place[option.path[-1]] = option.value(raw) if isinstance(raw, str) else raw
     if result.get("enabled") and result.get("save_dir") is None and save:
         result["save_dir"] = save
+    if result.get("enabled") and own_signal:
+        result.setdefault("preempt_save", False)
     try:
         parse_config(result)
     except ConfigError as error:

@@ -58,7 +58,8 @@ def _install_ds_config(_: Checkout) -> None:
         def _create_ds_config_dict(*args: Any, **kwargs: Any) -> Any:
             settings = original(*args, **kwargs)
             arguments = megatron_args()
-            section = merge(settings.get(CONFIG_KEY), arguments, save=arguments.save)
+            own_signal = bool(getattr(arguments, "exit_signal_handler", False))
+            section = merge(settings.get(CONFIG_KEY), arguments, save=arguments.save, own_signal=own_signal)
             if section is not None:
                 settings[CONFIG_KEY] = section
             return settings
