@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from distributed.pool import free_port, worker_env
 
 from mds import runs
 from mds.runs import Place, Run, Tree
 
-pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 STEPS = 12
 #: Every step in memory, every expert in it, and nothing left out on a busy machine.
@@ -172,11 +176,6 @@ def test_every_exit_saves_every_expert(here: Place, way: str) -> None:
 
 def test_torchrun(tree: Tree, here: Place) -> None:
     """As the documents say to start it."""
-    import subprocess
-    import sys
-
-    from distributed.pool import free_port, worker_env
-
     directory = here.folder / "torchrun"
     config = here.ds_config(2, "fp32", {"enabled": True, "selection": "full"})
     command = [
@@ -199,3 +198,13 @@ def test_torchrun(tree: Tree, here: Place) -> None:
     assert (directory / "latest").read_text() == "global_step2"
     assert "shim loader-rng off" in done.stderr
     assert done.stderr.count("shim device-count on") == 1, "said by more than one rank"
+
+
+@pytest.mark.skipif(not runs.REAL, reason=runs.NO_REAL)
+def test_it_imports_as_on_cuda() -> None:
+    """Without a GPU: all that imports apex or compiles kernels gets the stand-ins."""
+    env = worker_env(LOCAL_WORLD_SIZE="1")
+    env["PYTHONPATH"] = f"{runs.HERE.parent.parent}:{os.environ.get('MEGATRON_DEEPSPEED_PYTHONPATH', '')}"
+    command = [sys.executable, str(runs.HERE / "as_on_cuda.py"), runs.REAL]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=runs.PATIENCE_S, check=False)
+    assert done.returncode == 0 and "as on CUDA: ok" in done.stdout, done.stderr[-4000:]
