@@ -115,7 +115,11 @@ def test_partial_experts(here: Place) -> None:
     runs.settled(directory, "global_step8")
     resumed = train(here, directory, *partial, *here.tree.other_length).ok()
     assert resumed.loaded == 8
-    assert "1 of 4 experts" in killed.log + resumed.log
+    units = runs.load_manifest(runs.open_store(str(directory)), "global_step8").units
+    experts = [unit.step for unit in units if unit.name.startswith("expert/")]
+    assert sorted(experts) == [4, 4, 4, 8], "one expert of the layer is new"
+    assert {unit.step for unit in units if not unit.name.startswith("expert/")} == {8}
+    assert "3 experts from older steps" in resumed.log
     manifest = runs.load_manifest(runs.open_store(str(directory)), f"global_step{STEPS}")
     assert {unit.step for unit in manifest.units} == {STEPS}
 
