@@ -14,9 +14,13 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import moc_ckpt  # noqa: F401  (registers the hook)
 from moc_ckpt.errors import MocError
+
+if TYPE_CHECKING:
+    from moc_ckpt.integrations.megatron_deepspeed.checkout import Checkout
 
 __all__ = ["main"]
 
@@ -80,12 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(checkout: object, own: dict[str, list[str]]) -> int | None:
+def _prepare(checkout: Checkout, own: dict[str, list[str]]) -> int | None:
     """Hooks the plugin into a checkout; returns an exit status if the script is not to be run."""
     from moc_ckpt.integrations.megatron_deepspeed import launcher
-    from moc_ckpt.integrations.megatron_deepspeed.checkout import Checkout
 
-    assert isinstance(checkout, Checkout)
     try:
         off = launcher.switched_off(own[_NO_SHIM])
         if own[_LIST]:
