@@ -15,7 +15,7 @@ from typing import Any
 from moc_ckpt.config import MocConfig, find_config
 from moc_ckpt.errors import UnsupportedError
 
-__all__ = ["install"]
+__all__ = ["install", "log_to_stderr"]
 
 _MARK = "_moc_ckpt_wrapped"
 
@@ -119,11 +119,11 @@ def _preflight(engine_class: type, engine: Any, settings: Mapping[str, Any]) -> 
 def _attach(engine: Any, config: MocConfig) -> Any:
     from moc_ckpt.integrations.deepspeed.plugin import MocCheckpoint
 
-    _log_to_stderr()
+    log_to_stderr()
     return MocCheckpoint(engine, config)
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Shows this package's events where the program has set up no logging of its own."""
     logger = logging.getLogger("moc_ckpt")
     if logger.handlers or logging.getLogger().handlers:

@@ -94,6 +94,7 @@ class MocCheckpoint:
             self._before_update = self.view.optimizer.register_step_pre_hook(self._update_begins)
             _engines.add(self)
         self.preempt = Preempt(self) if config.preempt_save else None
+        self._held = self._pending = False
 
     @property
     def plt(self) -> float:
@@ -115,6 +116,29 @@ class MocCheckpoint:
             SystemExit: after the last save, on all ranks at the same step, if any of them got SIGTERM.
         """
         self.pec.step_done(skipped)
+        self._pending = True
+        if not self._held:
+            self.boundary()
+
+    def hold_boundaries(self) -> None:
+        """From now on a step ends when `boundary` is called, and not when `engine.step` returns.
+
+        For training loops that count a step, or evaluate, after `engine.step`: a snapshot then has what belongs to its
+        step. Not collective; all ranks do it.
+        """
+        self._held = True
+
+    def boundary(self) -> None:
+        """Ends the last step, if that has not happened: takes the snapshot that is due; waits for nothing.
+
+        All ranks call it alike, between `engine.step` and the next forward pass; may be repeated.
+
+        Raises:
+            SystemExit: after the last save, on all ranks at the same step, if any of them got SIGTERM.
+        """
+        if not self._pending:
+            return
+        self._pending = False
         if self.preempt is not None:
             self.preempt.step_done(self)
         if self.pipeline is not None:

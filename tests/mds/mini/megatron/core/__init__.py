@@ -1,0 +1,3 @@
+from . import mpu, tensor_parallel
+
+__all__ = ["mpu", "tensor_parallel"]
