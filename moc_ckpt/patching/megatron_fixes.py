@@ -105,22 +105,34 @@ def _fused_kernels(tree: Tree) -> Hunks:
     return {_KERNELS: (source.before("fused-kernels", start, *lines),)}
 
 
-def _needs_option(source: Source, flag: str, dest: str) -> None:
-    """Makes sure that there is an option and which attribute it sets."""
-    shape = m.Call(func=m.Attribute(attr=m.Name("add_argument")))
-    for call in m.findall(source.module, shape):
+def _needs_options(source: Source, options: Mapping[str, str]) -> list[str]:
+    """Returns which attributes the options set that there are.
+
+    Args:
+        source: the file that declares them.
+        options: attributes by option string.
+
+    Raises:
+        NotNeeded: if there is none of them.
+        Missing: if one sets another attribute.
+    """
+    found = []
+    for call in m.findall(source.module, m.Call(func=m.Attribute(attr=m.Name("add_argument")))):
         assert isinstance(call, cst.Call)
         values = [arg.value.evaluated_value for arg in call.args if isinstance(arg.value, cst.SimpleString)]
-        if flag in values:
-            if dest not in values:
-                raise Missing(source.file, "", f"{flag} with dest={dest!r}")
-            return
-    raise NotNeeded(f"there is no {flag}")
+        for flag, dest in options.items():
+            if flag in values:
+                if dest not in values:
+                    raise Missing(source.file, "", f"{flag} with dest={dest!r}")
+                found.append(dest)
+    if not found:
+        raise NotNeeded(f"there is no {' and no '.join(options)}")
+    return sorted(found)
 
 
 def _softmax_fusion(tree: Tree) -> Hunks:
     source = tree.source(ARGUMENTS)
-    _needs_option(source, "--no-masked-softmax-fusion", "masked_softmax_fusion")
+    _needs_options(source, {"--no-masked-softmax-fusion": "masked_softmax_fusion"})
     statement, parser = parser_of(source)
     name = "masked-softmax-fusion"
     return {ARGUMENTS: (source.before(name, statement, CALLS, f"moc_patched.masked_softmax_fusion({parser})"),)}
@@ -128,7 +140,7 @@ def _softmax_fusion(tree: Tree) -> Hunks:
 
 def _accumulation_fusion(tree: Tree) -> Hunks:
     source = tree.source(ARGUMENTS)
-    _needs_option(source, "--no-gradient-accumulation-fusion", "gradient_accumulation_fusion")
+    _needs_options(source, {"--no-gradient-accumulation-fusion": "gradient_accumulation_fusion"})
     statement, parser = parser_of(source)
     lines = (
         "from importlib.util import find_spec as moc_find_spec",
@@ -136,6 +148,19 @@ def _accumulation_fusion(tree: Tree) -> Hunks:
         f"\t{parser}.set_defaults(gradient_accumulation_fusion=False)",
     )
     return {ARGUMENTS: (source.before("gradient-accumulation-fusion", statement, *lines),)}
+
+
+def _scripted_fusion(tree: Tree) -> Hunks:
+    source = tree.source(ARGUMENTS)
+    options = {"--no-bias-dropout-fusion": "bias_dropout_fusion", "--no-bias-gelu-fusion": "bias_gelu_fusion"}
+    found = _needs_options(source, options)
+    statement, parser = parser_of(source)
+    lines = (
+        "from deepspeed.accelerator import get_accelerator as moc_accelerator",
+        'if moc_accelerator().device_name() != "cuda":',
+        f"\t{parser}.set_defaults({', '.join(f'{dest}=False' for dest in found)})",
+    )
+    return {ARGUMENTS: (source.before("scripted-fusion", statement, *lines),)}
 
 
 def _late_import(patch: str, tree: Tree, module: str) -> Hunks:
@@ -375,6 +400,16 @@ FIXES = (
         since="all versions",
         imports_us=False,
         find=_loader_rng,
+    ),
+    Patch(
+        name="scripted-fusion",
+        why="TorchScript computes the first calls of a function in another way than later ones, so the first steps of "
+        "a process that resumes on a CPU are not those of the one that goes on",
+        does=f"`parse_args` in {ARGUMENTS} makes --no-bias-dropout-fusion and --no-bias-gelu-fusion the default on "
+        "anything but CUDA",
+        since="PyTorch 1.10",
+        imports_us=False,
+        find=_scripted_fusion,
     ),
     Patch(
         name="universal-checkpoint-info",
