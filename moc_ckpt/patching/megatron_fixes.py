@@ -9,7 +9,7 @@ import libcst as cst
 from libcst import matchers as m
 
 from moc_ckpt.patching.marks import Hunk
-from moc_ckpt.patching.megatron_hooks import ARGUMENTS, CALLS, CHECKPOINTING, TRAINING, parser_of
+from moc_ckpt.patching.megatron_hooks import ARGUMENTS, CALLS, CHECKPOINTING, TRAINING, decorated, parser_of
 from moc_ckpt.patching.patch import Missing, NotNeeded, Patch
 from moc_ckpt.patching.source import Source, text_of
 
@@ -35,11 +35,16 @@ _ELSEWHERE = "megatron/model/vision/"
 
 def _device_count(tree: Tree) -> Hunks:
     source = tree.source(_INITIALIZE)
-    function = source.require("_initialize_distributed")
-    calls = function.findall(m.Call(func=m.Attribute(attr=m.Name("device_count")), args=[]))
-    of_accelerator = [call for call in calls if isinstance(_owner(call), cst.Call)]
-    if not of_accelerator:
-        raise NotNeeded("_initialize_distributed counts no devices of DeepSpeed's accelerator")
+    for name in ("_initialize_distributed", "initialize_megatron"):
+        function = source.find(name)
+        calls = function.findall(m.Call(func=m.Attribute(attr=m.Name("device_count")), args=[])) if function else []
+        # torch.cuda's would not be one.
+        of_accelerator = [call for call in calls if isinstance(_owner(call), cst.Call)]
+        if function and of_accelerator:
+            break
+    else:
+        source.require("initialize_megatron")
+        raise NotNeeded("initialize_megatron counts no devices of DeepSpeed's accelerator")
     first = min(of_accelerator, key=lambda call: source.first(function.top(call)))
     accelerator = source.code(_owner(first), function=function.name)
     lines = (
@@ -89,15 +94,13 @@ def _fused_kernels(tree: Tree) -> Hunks:
         for node in function.findall(asked)
         for call in m.findall(node.body, m.Call(func=m.Name()))  # type: ignore[attr-defined]
     }
-    built = [
-        call
-        for call in function.findall(m.Call(func=m.Name()))
-        if isinstance(call, cst.Call) and isinstance(call.func, cst.Name) and call.func.value in names
-    ]
-    if not built:
-        raise function.missing("kernels built by a function of its own")
-    if any(id(call) not in inside for call in built):
-        raise function.missing(f"kernels built only under `if {args}.masked_softmax_fusion`")
+    # Kernels are built by a function of its own, or straight away; older trees have some that cannot be switched off.
+    shape = m.Call(func=m.Name()) | m.Call(func=m.Attribute(attr=m.Name("load")))
+    for call in function.findall(shape):
+        assert isinstance(call, cst.Call)
+        is_helper = not isinstance(call.func, cst.Name) or call.func.value in names
+        if is_helper and id(call) not in inside and source.function_of(call) is function.node:
+            raise function.missing(f"kernels built only under `if {args}.masked_softmax_fusion`")
     start = function.start()
     if m.matches(start, m.If(test=m.UnaryOperation(operator=m.Not(), expression=asked.test))):
         raise NotNeeded("load compiles nothing that is not asked for")
@@ -224,35 +227,14 @@ def _attention_view(tree: Tree) -> Hunks:
 
 
 def _loader_rng(tree: Tree) -> Hunks:
-    training, samplers = tree.source(TRAINING), tree.source(_SAMPLERS)
-    iterators = training.require("build_train_valid_test_data_iterators")
-    loaders = samplers.require("build_pretraining_data_loader")
-    for source in (training, samplers):
-        if "torch" not in _top_names(source):
-            raise Missing(source.file, "", "`import torch` at the top")
-    hunk = training.before("loader-rng", iterators.node, "@torch.random.fork_rng(devices=[])")
-    made = m.Assign(
-        targets=[m.AssignTarget(m.Name())],
-        value=m.Call(func=m.Name("DataLoader") | m.Attribute(attr=m.Name("DataLoader"))),
-    )
-    after = []
-    for node in loaders.findall(made):
-        assert isinstance(node, cst.Assign)
-        name = text_of(node.targets[0].target)
-        if m.findall(node.value, m.Arg(keyword=m.Name("generator"))):
-            continue
-        line = f"{name}.generator = torch.Generator().manual_seed(torch.initial_seed())"
-        after.append(samplers.after("loader-rng", samplers.statement(node), line, function=loaders.name))
-    if not after:
-        raise loaders.missing("a DataLoader in a variable, without a generator of its own")
-    return {TRAINING: (hunk,), _SAMPLERS: tuple(after)}
-
-
-def _top_names(source: Source) -> set[str]:
-    """Returns the modules that are imported whole at the top of a file."""
-    imports = m.findall(source.module, m.Import())
-    nodes = [node for node in imports if source.statement(node) in source.module.body]
-    return {text_of(alias.name).split(".")[0] for node in nodes for alias in node.names if not alias.asname}  # type: ignore[attr-defined]
+    iterators = tree.source(TRAINING).require("build_train_valid_test_data_iterators")
+    loader = tree.source(_SAMPLERS).require("build_pretraining_data_loader")
+    if not loader.findall(m.Call(func=m.Name("DataLoader") | m.Attribute(attr=m.Name("DataLoader")))):
+        raise loader.missing("a DataLoader")
+    return {
+        TRAINING: (decorated("loader-rng", iterators, iterators.name),),
+        _SAMPLERS: (decorated("loader-rng", loader, loader.name),),
+    }
 
 
 def _universal_info(tree: Tree) -> Hunks:
@@ -395,10 +377,10 @@ FIXES = (
         name="loader-rng",
         why="iter(DataLoader) draws from the CPU generator after a checkpoint has restored it, so a resumed run with "
         "dropout on a CPU leaves the uninterrupted one",
-        does=f"`build_pretraining_data_loader` in {_SAMPLERS} gives its loaders generators of their own, and "
-        f"`build_train_valid_test_data_iterators` in {TRAINING} leaves torch's CPU generator as it was",
+        does=f"`build_pretraining_data_loader` in {_SAMPLERS}, decorated, gives its loaders generators of their "
+        f"own; `build_train_valid_test_data_iterators` in {TRAINING} leaves all generators as they were",
         since="all versions",
-        imports_us=False,
+        imports_us=True,
         find=_loader_rng,
     ),
     Patch(

@@ -15,7 +15,7 @@ from moc_ckpt.patching.source import Function, Source
 if TYPE_CHECKING:
     from moc_ckpt.patching.tree import Tree
 
-__all__ = ["CALLS", "HOOKS", "parser_of"]
+__all__ = ["CALLS", "HOOKS", "decorated", "parser_of"]
 
 ARGUMENTS = "megatron/arguments.py"
 CHECKPOINTING = "megatron/checkpointing.py"
@@ -44,7 +44,8 @@ def parser_of(source: Source) -> tuple[cst.CSTNode, str]:
     return statement, parsers.pop()
 
 
-def _decorated(patch: str, function: Function, attribute: str) -> Hunk:
+def decorated(patch: str, function: Function, attribute: str) -> Hunk:
+    """Returns the hunk that decorates a function with one of ours."""
     return function.source.before(patch, function.node, CALLS, f"@moc_patched.{attribute}")
 
 
@@ -58,7 +59,7 @@ def _ds_config(tree: Tree) -> Mapping[str, tuple[Hunk, ...]]:
     function = tree.source(TRAINING).require("_create_ds_config_dict")
     if not function.returns_something():
         raise function.missing("a return of the settings")
-    return {TRAINING: (_decorated("ds-config", function, "ds_config"),)}
+    return {TRAINING: (decorated("ds-config", function, "ds_config"),)}
 
 
 def _steps(tree: Tree) -> Mapping[str, tuple[Hunk, ...]]:
@@ -71,7 +72,7 @@ def _steps(tree: Tree) -> Mapping[str, tuple[Hunk, ...]]:
     if not setup.findall(returned):
         raise setup.missing("a return of the model and more")
     tree.source("megatron/global_vars.py").require("get_args")
-    hunks = [_decorated("steps", function, function.name) for function in (setup, step, train)]
+    hunks = [decorated("steps", function, function.name) for function in (setup, step, train)]
     return {TRAINING: tuple(sorted(hunks, key=lambda hunk: hunk.at))}
 
 
@@ -86,7 +87,7 @@ def _save(tree: Tree) -> Mapping[str, tuple[Hunk, ...]]:
     version = written["checkpoint_version"]
     if not (isinstance(version, cst.Float) and version.evaluated_value == _VERSION):
         raise function.missing(f"checkpoint_version {_VERSION}")
-    return {CHECKPOINTING: (_decorated("save", function, "save_checkpoint"),)}
+    return {CHECKPOINTING: (decorated("save", function, "save_checkpoint"),)}
 
 
 def _load(tree: Tree) -> Mapping[str, tuple[Hunk, ...]]:
@@ -96,7 +97,7 @@ def _load(tree: Tree) -> Mapping[str, tuple[Hunk, ...]]:
     for name in ("no_load_rng", "load_checkpoint"):
         if not function.findall(m.Attribute(attr=m.Name(name))):
             raise function.missing(f"something with .{name}")
-    return {CHECKPOINTING: (_decorated("load", function, "load_checkpoint"),)}
+    return {CHECKPOINTING: (decorated("load", function, "load_checkpoint"),)}
 
 
 HOOKS = (

@@ -26,10 +26,12 @@ class Source:
         base: its lines.
 
     Raises:
-        Missing: if it is not Python.
+        Missing: if it is not Python, or has line ends that only Python would take for some.
     """
 
     def __init__(self, file: str, base: Sequence[Line]) -> None:
+        if any(line.end == "\r" for line in base):
+            raise Missing(file, "", r"line ends that are \n or \r\n")
         self.file = file
         self.base = base
         data = "".join(line.text + line.end for line in base).encode("latin-1")
@@ -105,6 +107,14 @@ class Source:
         """Returns the innermost statement around a node that has its lines to itself."""
         while not isinstance(self._parents[node], _BLOCKS) or isinstance(node, cst.IndentedBlock):
             node = self._parents[node]
+        return node
+
+    def function_of(self, node: cst.CSTNode) -> cst.CSTNode:
+        """Returns the innermost function around a node; the module if there is none."""
+        while not isinstance(node, cst.Module):
+            node = self._parents[node]
+            if isinstance(node, cst.FunctionDef):
+                break
         return node
 
     def before(self, patch: str, node: cst.CSTNode, *added: str) -> Hunk:

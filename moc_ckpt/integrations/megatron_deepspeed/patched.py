@@ -1,4 +1,4 @@
-"""What a patched Megatron-DeepSpeed tree calls (docs/patches.md): the launcher's hooks, one by one.
+"""What a patched Megatron-DeepSpeed tree calls (docs/patches.md): the launcher's hooks and shims, one by one.
 
 Decorators for functions of the tree, and functions for its parser and its package. Under the launcher none of them does
 anything, because the launcher brings the same in by itself. None of them is collective by itself.
@@ -17,6 +17,8 @@ from typing import Any
 __all__ = [
     "apex",
     "arguments",
+    "build_pretraining_data_loader",
+    "build_train_valid_test_data_iterators",
     "ds_config",
     "load_checkpoint",
     "masked_softmax_fusion",
@@ -87,44 +89,55 @@ def ds_config(original: Function) -> Function:
 
 def setup_model_and_optimizer(original: Function) -> Function:
     """Decorates the function of that name: the engine that it returns is the one that trains."""
-    return _changed("_wrap_steps", original, _STEPS)
+    return _changed("hooks", "_wrap_steps", original, _STEPS)
 
 
 def train_step(original: Function) -> Function:
     """Decorates the function of that name: before a step the one before it is complete."""
-    return _changed("_wrap_steps", original, _STEPS)
+    return _changed("hooks", "_wrap_steps", original, _STEPS)
 
 
 def train(original: Function) -> Function:
     """Decorates the function of that name: a checkpoint before an exit has every expert."""
-    return _changed("_wrap_steps", original, _STEPS)
+    return _changed("hooks", "_wrap_steps", original, _STEPS)
 
 
 def save_checkpoint(original: Function) -> Function:
     """Decorates `megatron.checkpointing.save_checkpoint`: client_state is plain data."""
     _change_engine()
-    return _changed("_wrap_save", original, ("save_checkpoint",))
+    return _changed("hooks", "_wrap_save", original, ("save_checkpoint",))
 
 
 def load_checkpoint(original: Function) -> Function:
     """Decorates `megatron.checkpointing.load_checkpoint`: each rank's own generators come back."""
     _change_engine()
-    return _changed("_wrap_load", original, ("load_checkpoint",))
+    return _changed("hooks", "_wrap_load", original, ("load_checkpoint",))
 
 
-def _changed(change: str, original: Function, names: tuple[str, ...]) -> Function:
+def build_pretraining_data_loader(original: Function) -> Function:
+    """Decorates the function of that name: its loaders have generators of their own."""
+    return _changed("shims.loader_rng", "_give_generators", original, ("build_pretraining_data_loader",))
+
+
+def build_train_valid_test_data_iterators(original: Function) -> Function:
+    """Decorates the function of that name: every generator stays where it was."""
+    return _changed("shims.loader_rng", "_keep_generators", original, ("build_train_valid_test_data_iterators",))
+
+
+def _changed(room: str, change: str, original: Function, names: tuple[str, ...]) -> Function:
     """Returns what a hook makes of one function of a module.
 
     Args:
-        change: the hook's function, which replaces functions of the module that it is given.
+        room: the module of the hook or shim.
+        change: its function, which replaces functions of the module that it is given.
         original: the function.
-        names: of all functions that the hook replaces.
+        names: of all functions that it replaces.
     """
     if _launched():
         return original
     name = original.__name__
     module = SimpleNamespace(**{**dict.fromkeys(names), name: original})
-    getattr(_ours("hooks"), change)(module)
+    getattr(_ours(room), change)(module)
     changed: Function = getattr(module, name)
     return changed
 
