@@ -35,15 +35,15 @@ _ELSEWHERE = "megatron/model/vision/"
 
 def _device_count(tree: Tree) -> Hunks:
     source = tree.source(_INITIALIZE)
-    for name in ("_initialize_distributed", "initialize_megatron"):
-        function = source.find(name)
-        calls = function.findall(m.Call(func=m.Attribute(attr=m.Name("device_count")), args=[])) if function else []
+    found = [source.find(name) for name in ("_initialize_distributed", "initialize_megatron")]
+    functions = [function for function in found if function] or [source.require("_initialize_distributed")]
+    for function in functions:
+        calls = function.findall(m.Call(func=m.Attribute(attr=m.Name("device_count")), args=[]))
         # torch.cuda's would not be one.
         of_accelerator = [call for call in calls if isinstance(_owner(call), cst.Call)]
-        if function and of_accelerator:
+        if of_accelerator:
             break
     else:
-        source.require("initialize_megatron")
         raise NotNeeded("initialize_megatron counts no devices of DeepSpeed's accelerator")
     first = min(of_accelerator, key=lambda call: source.first(function.top(call)))
     accelerator = source.code(_owner(first), function=function.name)

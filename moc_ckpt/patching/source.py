@@ -58,7 +58,8 @@ class Source:
         text = self.module.code_for_node(node)
         if re.search(r"[\r\n#]", text):
             raise Missing(self.file, function, f"one line instead of {' '.join(text.split())!r}")
-        return text.encode(self.module.encoding).decode("latin-1")
+        # A byte order mark belongs to the file, not to every piece of it.
+        return text.encode(self.module.encoding.removesuffix("-sig")).decode("latin-1")
 
     def parent(self, node: cst.CSTNode) -> cst.CSTNode:
         """Returns the node around another."""

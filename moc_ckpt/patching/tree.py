@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,9 +212,14 @@ class Tree:
         for file, several in hunks.items():
             base = self._parsed(file)[0]
             for hunk in several:
-                above = [line.text.strip() for line in base[max(hunk.at - len(hunk.added), 0) : hunk.at]]
-                if hunk.added and above == [text.strip() for text in hunk.added]:
-                    found.append(f"{file}:{hunk.at}: the same lines without marks")
+                added = [text.strip() for text in hunk.added]
+                # Unmarked they move the place itself, so they are looked for around it.
+                first = max(hunk.at - len(added), 0)
+                around = [line.text.strip() for line in base[first : hunk.at + len(added)]]
+                starts = range(len(around) - len(added) + 1) if added else ()
+                at = next((start for start in starts if around[start : start + len(added)] == added), None)
+                if at is not None:
+                    found.append(f"{file}:{first + at + 1}: the same lines without marks")
         return tuple(found)
 
     # ---------------------------------------------------------------------------------------------- changes
@@ -312,7 +318,8 @@ class Tree:
         again, lines = parse(data)
         assert again == base and all(line.intact for line in lines), file
         assert without(data, names) == _bytes(base), file
-        assert _is_python(file, data), file
+        # It may be newer than this interpreter.
+        assert _is_python(file, data) or not _is_python(file, _bytes(base)), file
 
     # ---------------------------------------------------------------------------------------------- reading
 
@@ -360,11 +367,12 @@ def _bytes(lines: Iterable[Line]) -> bytes:
 
 
 def _is_python(file: str, data: bytes) -> bool:
-    try:
-        Source(file, parse(data)[0])
-        compile(data, file, "exec", dont_inherit=True)
-    except (Missing, SyntaxError, ValueError):
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(data, file, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            return False
     return True
 
 

@@ -162,8 +162,9 @@ def test_any_style_is_patched_once_and_reverted_byte_for_byte(style: Style, data
         with tempfile.TemporaryDirectory() as second:
             other = write(Path(second), original)
             staying = [name for name in NAMES if name not in going]
-            for name in data.draw(st.permutations(staying)):
-                apply(other, name)
+            for part in (staying[1::2], staying[::2]):
+                if part:
+                    apply(other, *part)
             assert read(other) == some
         apply(root)
         assert read(root) == patched
@@ -618,7 +619,7 @@ def test_deepspeed_loads_a_named_engine(deepspeed: Path) -> None:
 
         def __init__(self, **section: object) -> None:
             self._param_dict = {"checkpoint": section} if section else {}
-            self.checkpoint_config = {"writer": None}
+            self.checkpoint_config = {"writer": None, "checkpoint_serialization": True}
 
     def create(config: object) -> object:
         return module.create_checkpoint_engine(config, None, 2, True, False)
