@@ -144,5 +144,6 @@ def _changed(room: str, change: str, original: Function, names: tuple[str, ...])
 
 @functools.cache
 def _change_engine() -> None:
+    """Changes DeepSpeed's engine, once; its import lets the plugin hook in first, as it has to."""
     if not _launched():
-        _ours("concern").after_import(_ENGINE, _ours("hooks")._wrap_engine)
+        _ours("hooks")._wrap_engine(importlib.import_module(_ENGINE))
