@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,11 +62,10 @@ def test_patched_tree_behaves_as_the_launcher(here: object, tree: object, enable
     assert len(set(launched.losses.values())) > STEPS // 2
 
     here.tree = patched(tree, here.folder)
-    alone = {"launcher": None, "environment": {"PYTHONPATH": os.pathsep.join(filter(None, [tree.python_path]))}}
-    half = train(here, here.folder / "patched_run", *switches, "--exit-interval", str(HALF), **alone)
+    half = train(here, here.folder / "patched_run", *switches, "--exit-interval", str(HALF), launcher=None)
     assert ("COMMITTED" in half.log) is enabled
     assert half.since(0) == {step: told for step, told in launched.since(0).items() if step <= HALF}
-    rest = train(here, here.folder / "patched_run", *switches, **alone)
+    rest = train(here, here.folder / "patched_run", *switches, launcher=None)
     assert rest.loaded == HALF
     if enabled:
         assert rest.since(HALF) == launched.since(HALF)
