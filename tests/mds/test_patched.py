@@ -62,10 +62,10 @@ def test_patched_tree_behaves_as_the_launcher(here: object, tree: object, enable
     assert len(set(launched.losses.values())) > STEPS // 2
 
     here.tree = patched(tree, here.folder)
-    half = train(here, here.folder / "patched_run", *switches, "--exit-interval", str(HALF), launcher=None)
+    half = train(here, here.folder / "patched_run", *switches, "--exit-interval", str(HALF), launcher=())
     assert ("COMMITTED" in half.log) is enabled
     assert half.since(0) == {step: told for step, told in launched.since(0).items() if step <= HALF}
-    rest = train(here, here.folder / "patched_run", *switches, launcher=None)
+    rest = train(here, here.folder / "patched_run", *switches, launcher=())
     assert rest.loaded == HALF
     if enabled:
         assert rest.since(HALF) == launched.since(HALF)
