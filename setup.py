@@ -41,12 +41,14 @@ setup(
     ],
     extras_require={
         "pretrain": ["megatron-core>=0.16,<0.17"],
+        "patch": ["libcst>=1.1"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "moto[server]>=5",
             "hypothesis>=6.100",
             "safetensors>=0.4.3",
+            "libcst>=1.1",
             "scipy>=1.11",
             "ruff>=0.6",
             "mypy>=1.10",

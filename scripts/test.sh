@@ -17,5 +17,6 @@ lint-imports
 step "docs are generated from the code"
 python scripts/docs/configuration.py --check
 python scripts/docs/pec_tables.py --check
+python scripts/docs/patches.py --check
 step "pytest"
 python -m pytest "$@"

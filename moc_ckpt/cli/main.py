@@ -29,6 +29,7 @@ _VERBS = {
     "verify": _Verb("verify", "verify"),
     "plan": _Verb("plan", "plan", cls="PlanCommand"),
     "gc": _Verb("gc", "gc"),
+    "patch": _Verb("patch", "patch"),
     "export": _Verb("export", "export"),
     "import": _Verb("import_native", "import_checkpoint"),
     # Options behind the command's name are the command's.
