@@ -62,6 +62,7 @@ def test_pool_reports_rank_and_traceback(pool: Pool) -> None:
 
 def test_pool_survives_a_hang() -> None:
     with Pool() as own:
+        own.run(2, case_who, base=0)  # they have started, so that the deadline is the hang's alone
         with pytest.raises(CaseHang, match=r"no answer from ranks \[0, 1\](.|\n)*case_hang(.|\n)*case_hang"):
             own.run(2, case_hang, deadline=6.0)
         assert own.run(2, case_who, base=5) == [(5, 0, 2), (6, 1, 2)]
