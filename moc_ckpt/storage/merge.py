@@ -237,17 +237,7 @@ def replace_experts(manifest: Manifest, sources: Mapping[str, Manifest]) -> Mani
             if (EXPERTS_MARK in tensor.fqn or source is manifest) and unit_of(tensor.fqn) in names:
                 tensors.add(tensor)
         _add(source, names, tensors, units, packs, rows)
-    keys = [tensor.key for tensor in tensors.records]
-    declared = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors.records}
-    check_experts(manifest.moe_layers, declared)
-    check_coverage(declared, ((keys[row[1]], row[3], row[4]) for row in rows))
-    return msgspec.structs.replace(
-        manifest,
-        units=units.records,
-        tensors=tensors.records,
-        packs=packs.records,
-        fragments=FragmentTable.from_rows(rows),
-    )
+    return _with_content(manifest, tensors, units, packs, rows)
 
 
 def complete_experts(
@@ -307,14 +297,24 @@ def complete_experts(
             where=f"{first.tag}/{first.save_id}",
             fix="the checkpoint stays as it is; report this",
         )
+    found = _with_content(manifest, tensors, units, packs, rows)
+    return msgspec.structs.replace(found, save_id=first.save_id, created=created)
+
+
+def _with_content(
+    manifest: Manifest,
+    tensors: _Index[TensorRecord],
+    units: _Index[UnitRecord],
+    packs: _Index[PackRecord],
+    rows: Sequence[tuple[int, int, int, int, int, int, int]],
+) -> Manifest:
+    """Returns a manifest with other content, once that covers every tensor exactly once (invariant I1)."""
     keys = [tensor.key for tensor in tensors.records]
     declared = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors.records}
     check_experts(manifest.moe_layers, declared)
     check_coverage(declared, ((keys[row[1]], row[3], row[4]) for row in rows))
     return msgspec.structs.replace(
         manifest,
-        save_id=first.save_id,
-        created=created,
         units=units.records,
         tensors=tensors.records,
         packs=packs.records,
