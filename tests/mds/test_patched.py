@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,21 +18,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, HALF = 20, 10
 ON = ["--moc-enabled", "--moc-snapshot-interval", "1", "--moc-k-persist", "4", "--moc-host-on-busy", "wait"]
-
-
-@pytest.fixture(scope="session", params=["mini", "real"])
-def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
-    if request.param == "mini":
-        return runs.mini()
-    if not runs.REAL:
-        pytest.skip(runs.NO_REAL)
-    return runs.real(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def here(tree: object, tmp_path: Path) -> Iterator[object]:
-    with runs.place(tree, tmp_path) as found:
-        yield found
 
 
 def patched(tree: object, folder: Path) -> object:

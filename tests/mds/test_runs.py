@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,21 +23,6 @@ ON = shlex.split(
     "--moc-enabled --moc-snapshot-interval 1 --moc-k-snapshot 4 --moc-k-persist 4 --moc-host-on-busy wait "
     "--moc-host-linger-s 300 --moc-timeouts-rendezvous-s 300"
 )
-
-
-@pytest.fixture(scope="session", params=["mini", "real"])
-def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    if request.param == "mini":
-        return runs.mini()
-    if not runs.REAL:
-        pytest.skip(runs.NO_REAL)
-    return runs.real(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def here(tree: Tree, tmp_path: Path) -> Iterator[Place]:
-    with runs.place(tree, tmp_path) as found:
-        yield found
 
 
 def train(here: Place, directory: Path, *more: str, steps: int = STEPS, **options: object) -> Run:
