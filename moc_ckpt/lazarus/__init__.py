@@ -1,0 +1,1 @@
+"""Experts with replicas (Lazarus, arXiv 2407.04656): how many, where, and how tokens reach them."""
