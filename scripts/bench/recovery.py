@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="that the killed run trains")
+    parser.add_argument("--arms", nargs="+", choices=_ARMS, default=list(_ARMS), help="what restarts do")
     parser.add_argument("--k", default="1", help="experts per layer and snapshot, or auto")
     parser.add_argument("--folder", default=None, help="where checkpoints go (default: a temporary directory)")
     parser.add_argument("--out", default=None, help="JSON file")
@@ -260,16 +261,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             folder = base / f"round{number}"
             victim = run(arguments, "victim", folder)
             one: dict[str, Any] = {"victim_step": victim[0]["step"]}
-            for arm in _ARMS:
+            for arm in arguments.arms:
                 if arm == "storage":
                     forget_pages(folder)
                 one[arm] = run(arguments, arm, folder)
                 print(f"round {number}, {arm}: {summary(one[arm])}", file=sys.stderr, flush=True)
-            packs = [
-                path for name in one["storage"][0]["packs"] for path in (folder / name).rglob("*") if path.is_file()
-            ]
-            forget_pages(folder)
-            one["raw_bytes"], one["raw_s"] = raw_read(packs, 4 * arguments.ranks)
+            if "storage" in one:
+                packs = [
+                    path for name in one["storage"][0]["packs"] for path in (folder / name).rglob("*") if path.is_file()
+                ]
+                forget_pages(folder)
+                one["raw_bytes"], one["raw_s"] = raw_read(packs, 4 * arguments.ranks)
             rounds.append(one)
             shutil.rmtree(folder, ignore_errors=True)
             if arguments.out:
@@ -293,35 +295,29 @@ def report(arguments: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict[
         return statistics.median(max(rank.get(name, 0.0) for rank in one[arm]) for one in rounds)
 
     first = rounds[0]
-    memory, storage = first["memory"][0], first["storage"][0]
-    found: dict[str, Any] = {
-        "ranks": arguments.ranks,
-        "rounds": len(rounds),
-        "device": memory.get("device", "cpu"),
-        "checkpoint_bytes": storage["storage_bytes"],
-        "memory": {"from_memory": memory["memory_bytes"], "from_storage": memory["storage_bytes"]},
-        "steps": {"victim": first["victim_step"], "memory": memory["step"], "storage": storage["step"]},
-    }
-    for arm in _ARMS:
-        found.setdefault(arm, {}).update({name: median(arm, name) for name in _TIMES})
-    ratios = [
-        max(r["first_step_s"] for r in one["memory"]) / max(r["first_step_s"] for r in one["cold"]) for one in rounds
-    ]
-    found["restart_to_cold"] = statistics.median(ratios)
-    own = max(rank["own_bytes"] for rank in first["memory"])
-    if "bus_bytes_per_s" in memory:
+    found: dict[str, Any] = {"ranks": arguments.ranks, "rounds": len(rounds), "steps": {"victim": first["victim_step"]}}
+    for arm in arguments.arms:
+        found[arm] = {name: median(arm, name) for name in _TIMES}
+        found[arm]["first_steps_s"] = [max(rank["first_step_s"] for rank in one[arm]) for one in rounds]
+        found["device"] = first[arm][0].get("device", "cpu")
+        if arm != "cold":
+            found["steps"][arm] = first[arm][0]["step"]
+            for place in ("memory", "storage"):
+                found[arm][f"{place}_bytes"] = first[arm][0][f"{place}_bytes"]
+    if "memory" in found and "cold" in found:
+        pairs = zip(found["memory"]["first_steps_s"], found["cold"]["first_steps_s"], strict=True)
+        found["restart_to_cold"] = statistics.median(memory / cold for memory, cold in pairs)
+    if "memory" in found and "bus_bytes_per_s" in first["memory"][0]:
+        own = max(rank["own_bytes"] for rank in first["memory"])
         found["bus_bytes_per_s"] = median("memory", "bus_bytes_per_s")
         found["copy_to_bus"] = own / found["memory"]["copy_s"] / found["bus_bytes_per_s"]
         found["load_to_bus"] = own / found["memory"]["load_s"] / found["bus_bytes_per_s"]
-    found["raw_read_bytes_per_s"] = statistics.median(one["raw_bytes"] / one["raw_s"] for one in rounds)
-    rates = [one["storage"][0]["storage_bytes"] / max(rank["read_s"] for rank in one["storage"]) for one in rounds]
-    found["read_to_raw"] = statistics.median(
-        rate / (one["raw_bytes"] / one["raw_s"]) for rate, one in zip(rates, rounds, strict=True)
-    )
-    loads = [one["storage"][0]["storage_bytes"] / max(rank["load_s"] for rank in one["storage"]) for one in rounds]
-    found["load_to_raw"] = statistics.median(
-        rate / (one["raw_bytes"] / one["raw_s"]) for rate, one in zip(loads, rounds, strict=True)
-    )
+    if "storage" in found:
+        raw = [one["raw_bytes"] / one["raw_s"] for one in rounds]
+        found["raw_read_bytes_per_s"] = statistics.median(raw)
+        for name, label in (("read_s", "read_to_raw"), ("load_s", "load_to_raw")):
+            rates = [one["storage"][0]["storage_bytes"] / max(rank[name] for rank in one["storage"]) for one in rounds]
+            found[label] = statistics.median(rate / pace for rate, pace in zip(rates, raw, strict=True))
     return found
 
 

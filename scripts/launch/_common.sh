@@ -13,6 +13,7 @@
 #   SAVE_INTERVAL      steps between checkpoints on storage  (default: 200)
 #   K_SNAPSHOT, K_PERSIST    experts per MoE layer in each   (default: auto)
 #   MAX_RESTARTS       after a crash                         (default: 10)
+#   BACKOFF            seconds before the first of them, on one node; doubles    (default: 10)
 #
 # Further arguments are the training script's.
 set -euo pipefail
@@ -156,5 +157,5 @@ if [ "$NNODES" -gt 1 ]; then
         --rdzv-id "$MOC_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
         "${script[@]}" "${arguments[@]}" "$@"
 fi
-exec "$PYTHON" -m moc_ckpt.cli.main run --max-restarts "$MAX_RESTARTS" -- \
+exec "$PYTHON" -m moc_ckpt.cli.main run --max-restarts "$MAX_RESTARTS" --backoff "${BACKOFF:-10}" -- \
     "${torchrun[@]}" --standalone "${script[@]}" "${arguments[@]}" "$@"

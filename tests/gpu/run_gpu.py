@@ -71,13 +71,17 @@ ASYNC = (
     "z2_fp32_fused",
 )
 ASYNC_PREFIX = "async_"
+#: Rows that also go to DeepSpeed's own format and come from it, as cases with this prefix.
+NATIVE = ("z2_bf16_fused", "z1_bf16_fused", "z2_fp16_fused")
+NATIVE_PREFIX = "native_"
 
 
 def cases(gpus: int) -> dict[str, Any]:
     """Name -> row of every case; those of partial checkpoints and of snapshots come last."""
     found = rows(gpus)
     partly = {PREFIX + name: found[name] for name in PARTIAL}
-    return {**found, **partly, **{ASYNC_PREFIX + name: found[name] for name in ASYNC}}
+    beside = {ASYNC_PREFIX + name: found[name] for name in ASYNC}
+    return {**found, **partly, **beside, **{NATIVE_PREFIX + name: found[name] for name in NATIVE}}
 
 
 # ------------------------------------------------------------------------------------------- one rank
@@ -207,6 +211,50 @@ def beside_training(ctx: Context, row: Any, path: str) -> dict[str, Any]:
     }
 
 
+def both_formats(ctx: Context, row: Any, path: str) -> dict[str, Any]:
+    """One configuration: DeepSpeed alone goes on from an export as we do, and we from DeepSpeed's own as it does."""
+    from distributed import harness
+    from distributed.test_native import case_resume, case_save, uniform
+
+    row = row.with_model(layers=uniform(min(ctx.world, 2)), rank_buffers=False, frozen=False)
+    on = {"enabled": True}
+
+    def convert(verb: str, source: str, target: str, *more: str) -> None:
+        if ctx.rank == 0:
+            command = [sys.executable, "-m", "moc_ckpt.cli.main", verb, f"{path}/{source}", f"{path}/{target}", *more]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, done.stderr
+        ctx.barrier()
+
+    def resume(source: str, plugin: Any, ref: str, *, compare: bool) -> dict[str, Any]:
+        found = case_resume(ctx, row, f"{path}/{source}", plugin, f"{path}/{ref}", compare)
+        harness.reset()
+        return found
+
+    case_save(ctx, row, f"{path}/ours", on)
+    harness.reset()
+    convert("export", "ours", "exported", "--to", "deepspeed")
+    mine = resume("ours", on, "ref1.pt", compare=False)
+    theirs = resume("exported", None, "ref1.pt", compare=True)
+    case_save(ctx, row, f"{path}/native", None)
+    harness.reset()
+    convert("import", "native", "imported")
+    original = resume("native", None, "ref2.pt", compare=False)
+    ours = resume("imported", on, "ref2.pt", compare=True)
+    wrong = {
+        "exported": theirs["wrong"],
+        "exported, run": [] if {**theirs, "wrong": []} == mine else [f"{theirs} != {mine}"],
+        "imported": ours["wrong"],
+        "imported, run": [] if {**ours, "wrong": []} == original else [f"{ours} != {original}"],
+    }
+    skipped = mine["steps"][2]
+    return {
+        "wrong": {name: lines for name, lines in wrong.items() if lines},
+        "skipped_before": skipped,
+        "skipped": skipped + 1,
+    }
+
+
 def _tokens_per_step(row: Any) -> int:
     """Tokens of all ranks in one micro-step."""
     from distributed import zoo
@@ -237,7 +285,7 @@ def worker(only: list[str], out: str, native: bool) -> None:
     ctx = Context()
     results = {}
     for name, row in cases(ctx.world).items():
-        if (only and name not in only) or (native and name.startswith((PREFIX, ASYNC_PREFIX))):
+        if (only and name not in only) or (native and name.startswith((PREFIX, ASYNC_PREFIX, NATIVE_PREFIX))):
             continue
         began = time.monotonic()
         path = ctx.gather(tempfile.mkdtemp(prefix="moc_gpu_") if ctx.rank == 0 else None)[0]
@@ -245,6 +293,8 @@ def worker(only: list[str], out: str, native: bool) -> None:
             mine: dict[str, Any]
             if name.startswith(PREFIX):
                 mine = partial(ctx, row, path)
+            elif name.startswith(NATIVE_PREFIX):
+                mine = both_formats(ctx, row, path)
             elif name.startswith(ASYNC_PREFIX):
                 mine = beside_training(ctx, row, path)
             else:
