@@ -136,13 +136,17 @@ def test_native_checkpoints_save_and_resume(here: Place) -> None:
     assert resumed.since(4) == full.since(4)
 
 
-@pytest.mark.parametrize("way", ["exit_interval", "kill_switch", "signal", "preempt"])
+@pytest.mark.parametrize("way", ["exit_interval", "exit_duration", "kill_switch", "signal", "preempt"])
 def test_every_exit_saves_every_expert(here: Place, way: str) -> None:
+    if way == "exit_duration" and here.tree.root.name == "mini":
+        pytest.skip("the miniature has no --exit-duration-in-mins")
     directory = here.folder / "exits"
     settings = ["--moc-enabled", "--moc-k-snapshot", "1", "--moc-k-persist", "1", "--moc-balance", "none"]
     options: dict[str, object] = {}
     if way == "exit_interval":
         settings += ["--exit-interval", "6"]
+    elif way == "exit_duration":
+        settings += ["--exit-duration-in-mins", "1"]
     elif way == "kill_switch":
         switch = here.folder / "switch"
         settings += ["--kill-switch-file", str(switch)]
