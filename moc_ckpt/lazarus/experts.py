@@ -1,0 +1,115 @@
+"""The experts that one rank holds: made alike wherever they are, and applied to their tokens."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["LocalExperts", "expert_seed"]
+
+
+def expert_seed(seed: int, expert: int) -> int:
+    """Returns the seed of an expert's initial values, a function of the layer's seed and the expert's global id."""
+    digest = hashlib.blake2b(f"{seed}/{expert}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class LocalExperts(nn.Module):
+    """One copy of every distinct expert of a rank.
+
+    Every copy of an expert starts from the same bytes, whatever rank and placement it is on: its initial values are
+    drawn inside of a fork of the default generators that is seeded with `expert_seed(seed, expert)`. What the default
+    generators draw afterwards does not depend on how many experts were made. (CPU and GPU draw different numbers from
+    one seed, so make the experts on the same kind of device on all ranks.)
+
+    Args:
+        expert: a module, or a function without arguments that makes one. A module is copied, and in every copy all
+            submodules with a `reset_parameters` draw their parameters anew; parameters of other submodules keep the
+            module's values, those of the group's first rank.
+        expert_ids: the global ids of the experts, ascending.
+        seed: the layer's seed, the same on all ranks of the group.
+        group: the ranks that share the layer; None for this process alone. Making the experts is collective over it
+            if the module has parameters that cannot be drawn anew.
+    """
+
+    def __init__(
+        self,
+        expert: nn.Module | Callable[[], nn.Module],
+        expert_ids: Sequence[int],
+        *,
+        seed: int,
+        group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.expert_ids = tuple(expert_ids)
+        if isinstance(expert, nn.Module):
+            expert = _as_factory(expert, group)
+        made = []
+        for index in self.expert_ids:
+            with torch.random.fork_rng(devices=_cuda_devices()):
+                torch.manual_seed(expert_seed(seed, index))
+                made.append(expert())
+            for parameter in made[-1].parameters():
+                parameter.allreduce = False  # as DeepSpeed marks parameters that are not alike on all ranks
+                parameter.lazarus = True
+                parameter.expert_id = index
+        self.deepspeed_experts = nn.ModuleList(made)
+
+    def forward(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Applies every expert to its tokens.
+
+        Args:
+            tokens: [rows, hidden], sorted by expert.
+            counts: rows of each local expert, in the order of `expert_ids`.
+
+        Returns:
+            [rows, hidden]. An expert without tokens takes part in the graph as well, so that its gradient is zeros.
+        """
+        outputs = []
+        for part, module in zip(tokens.split(list(counts)), self.deepspeed_experts, strict=True):
+            output = module(part)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+        return torch.cat(outputs)
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def _as_factory(template: nn.Module, group: Any) -> Callable[[], nn.Module]:
+    """Returns what makes copies of a module with parameters drawn anew from the default generators."""
+    drawn = {
+        id(parameter)
+        for module in template.modules()
+        if callable(getattr(module, "reset_parameters", None))
+        for parameter in module.parameters()
+    }
+    _share([p for p in template.parameters() if id(p) not in drawn], group)
+
+    def make() -> nn.Module:
+        module = copy.deepcopy(template)
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        return module
+
+    return make
+
+
+@torch.no_grad()
+def _share(parameters: Iterable[Tensor], group: Any) -> None:
+    """Gives all ranks of a group the values of its first rank."""
+    if group is None or dist.get_world_size(group) == 1:
+        return
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    for parameter in parameters:
+        value = parameter.detach().to(device, copy=True)
+        dist.broadcast(value, dist.get_global_rank(group, 0), group=group)
+        parameter.copy_(value)
