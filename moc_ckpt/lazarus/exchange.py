@@ -59,8 +59,9 @@ class Exchange:
         every = counts[None]
         work = None
         if self.ranks > 1:
-            every = counts.new_empty(self.ranks, self.placement.num_experts)
+            every = counts.new_empty(self.ranks * self.placement.num_experts)
             work = dist.all_gather_into_tensor(every, counts.contiguous(), group=self.group, async_op=True)
+            every = every.view(self.ranks, -1)
         return Routes(self, ops, experts, seen, counts, every, work)
 
     def slots(self, device: torch.device) -> Tensor:

@@ -107,7 +107,7 @@ def _plan(
 
 
 @triton.jit
-def _copy_row(source, target, hidden, wanted, H_BLOCK: tl.constexpr):
+def _copy_row(source, target, hidden: tl.constexpr, wanted, H_BLOCK: tl.constexpr):
     for start in range(0, hidden, H_BLOCK):
         column = start + tl.arange(0, H_BLOCK)
         tl.store(target + column, tl.load(source + column, mask=column < hidden), mask=(column < hidden) & wanted)
@@ -123,7 +123,7 @@ def _send(
     send_shift,
     buffer,
     places,
-    hidden,
+    hidden: tl.constexpr,
     N,
     E,
     K: tl.constexpr,
@@ -147,7 +147,17 @@ def _send(
 
 
 @triton.jit
-def _sort(received, recv_last, recv_shift, out, places, hidden, segments, STEPS: tl.constexpr, H_BLOCK: tl.constexpr):
+def _sort(
+    received,
+    recv_last,
+    recv_shift,
+    out,
+    places,
+    hidden: tl.constexpr,
+    segments,
+    STEPS: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     low = row * 0
     high = low + segments
@@ -162,7 +172,7 @@ def _sort(received, recv_last, recv_shift, out, places, hidden, segments, STEPS:
 
 
 @triton.jit
-def _move(rows, places, out, hidden, GATHER: tl.constexpr, H_BLOCK: tl.constexpr):
+def _move(rows, places, out, hidden: tl.constexpr, GATHER: tl.constexpr, H_BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(places + row)
     if GATHER:
@@ -177,7 +187,7 @@ def _combine(
     places,
     weights,
     out,
-    hidden,
+    hidden: tl.constexpr,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -205,7 +215,7 @@ def _weigh(
     weights,
     row_grad,
     weight_grad,
-    hidden,
+    hidden: tl.constexpr,
     K: tl.constexpr,
     DOUBLE: tl.constexpr,
     H_BLOCK: tl.constexpr,
