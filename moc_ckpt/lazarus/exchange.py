@@ -155,7 +155,7 @@ class Routes:
         if exchange.sorts:
             received, self.order = self.ops.sort_rows(received, plan)
         exchange.marked("sort")
-        self._seen = self._every = None  # what the backward pass does not need
+        self._seen = None  # the backward pass needs places and order alone
         return received
 
     def send_back(self, grad: Tensor) -> Tensor:
