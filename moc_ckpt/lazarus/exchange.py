@@ -160,6 +160,7 @@ class Routes:
 
     def send_back(self, grad: Tensor) -> Tensor:
         """Backward of `send`."""
+        self.exchange.marked("backward experts")
         grad = self._unsorted(grad)
         self.exchange.marked("backward sort")
         home = self.exchange.swap(grad, self.sent, self.received)
