@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moc_ckpt.lazarus import rows as torch_rows
 from moc_ckpt.lazarus.dispatcher import Plan
@@ -203,6 +204,7 @@ class _Dispatch(torch.autograd.Function):
         return routes.send(tokens)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.routes.send_back(grads[0]), None
 
@@ -217,6 +219,7 @@ class _Combine(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         home, weights = ctx.saved_tensors
         rows, weight_grad = ctx.routes.bring_back(grads[0], home, weights)

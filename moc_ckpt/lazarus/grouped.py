@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Mlp", "apply_grouped", "as_mlp", "can_group", "pack_weights"]
 
@@ -89,7 +90,7 @@ def _linear(
     tokens: Tensor, layers: Sequence[nn.Linear], counts: Sequence[int], rows_of: Tensor, ends: Tensor
 ) -> Tensor:
     weights = [layer.weight for layer in layers]
-    out: Tensor = _GroupedGemm.apply(tokens, ends, *weights)
+    out: Tensor = _GroupedGemm.apply(tokens, list(counts), ends, *weights)
     if layers[0].bias is not None:
         out = _GroupedBias.apply(out, list(counts), rows_of, *[layer.bias for layer in layers])
     return out
@@ -112,18 +113,23 @@ def _together(weights: Sequence[Tensor]) -> Tensor:
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, counts: list[int], ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.counts = counts
         ctx.save_for_backward(tokens, ends, *weights)
         out: Tensor = torch._grouped_mm(tokens, _together(weights).transpose(1, 2), offs=ends)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tokens, ends, *weights = ctx.saved_tensors
         grad = grads[0].contiguous()
         for_tokens = torch._grouped_mm(grad, _together(weights), offs=ends) if ctx.needs_input_grad[0] else None
-        for_weights = torch._grouped_mm(grad.t(), tokens, offs=ends)
-        return for_tokens, None, *for_weights.unbind(0)
+        for_weights = torch._grouped_mm(grad.t(), tokens, offs=ends).unbind(0)
+        for number, gradient in zip(ctx.counts, for_weights, strict=True):
+            if not number:  # some devices leave it undefined (pytorch issue 172439)
+                gradient.zero_()
+        return for_tokens, None, None, *for_weights
 
 
 class _GroupedBias(torch.autograd.Function):
@@ -135,5 +141,6 @@ class _GroupedBias(torch.autograd.Function):
         return rows + torch.stack(biases).repeat_interleave(rows_of, dim=0, output_size=len(rows))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None, None, *[part.sum(0) for part in grads[0].split(ctx.counts)]
