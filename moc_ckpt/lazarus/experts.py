@@ -29,9 +29,9 @@ class LocalExperts(nn.Module):
     """One copy of every distinct expert of a rank.
 
     Every copy of an expert starts from the same bytes, whatever rank and placement it is on: its initial values are
-    drawn inside of a fork of the default generators that is seeded with `expert_seed(seed, expert)`. What the default
-    generators draw afterwards does not depend on how many experts were made. (CPU and GPU draw different numbers from
-    one seed, so make the experts on the same kind of device on all ranks.)
+    drawn inside of a fork of torch's default generators (of the CPU and the current GPU) that is seeded with
+    `expert_seed(seed, expert)`. What the default generators draw afterwards does not depend on how many experts were
+    made. (CPU and GPU draw different numbers from one seed, so make them on the same kind of device on all ranks.)
 
     Args:
         expert: a module, or a function without arguments that makes one. A module is copied, and in every copy all
@@ -61,9 +61,7 @@ class LocalExperts(nn.Module):
             expert = _as_factory(expert, group)
         made = []
         for index in self.expert_ids:
-            with torch.random.fork_rng(devices=_cuda_devices()):
-                torch.manual_seed(expert_seed(seed, index))
-                made.append(expert())
+            made.append(_drawn(expert, expert_seed(seed, index)))
             for parameter in made[-1].parameters():
                 # The first is how DeepSpeed marks parameters that are not alike on all ranks.
                 vars(parameter).update(allreduce=False, lazarus=True, expert_id=index)
@@ -114,8 +112,21 @@ class LocalExperts(nn.Module):
         return mlps if len(mlps) == number and can_group(tokens, mlps) else []
 
 
-def _cuda_devices() -> list[int]:
-    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+def _drawn(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Calls `make` with default generators (of the CPU and the current GPU) that start from a seed; restores them.
+
+    Not torch.manual_seed: where CUDA is not yet initialised it leaves a seed behind that the fork does not undo.
+    """
+    while True:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
+            module = make()
+        if bool(devices) == torch.cuda.is_initialized():
+            return module
+        # The first module on a GPU has just initialised it, and was drawn from a generator that nobody seeded.
 
 
 def _as_factory(template: nn.Module, group: Any) -> Callable[[], nn.Module]:

@@ -184,6 +184,9 @@ class Bench:
         self.layers = {name: self.lazarus(placement) for name, placement in self.placements.items()}
         if "deepspeed" in wanted:
             self.layers["deepspeed"] = self.deepspeed()
+            # The same layout of the same experts, so that all arms must compute the same.
+            source = self.layers.get("lazarus") or self.lazarus(placements["lazarus"])
+            self.layers["deepspeed"].load_state_dict(source.state_dict())
 
     def expert(self) -> Any:
         """Returns an expert on the device."""
@@ -261,6 +264,7 @@ class Bench:
             layer = self.use(arm)
             for _ in range(2):
                 self.iterate(layer)
+        differences = self.differences()
         peak: dict[str, float] = {}
         order = list(self.arms)
         for number in range(self.arguments.rounds):
@@ -276,6 +280,7 @@ class Bench:
             "ms": {arm: round(1e3 * value, 3) for arm, value in median.items()},
             "ms_all": {arm: [round(1e3 * value, 3) for value in values] for arm, values in times.items()},
             "ratios": ratios(median),
+            "differences": differences,
             "loads": self.loads,
             "placement": {name: placement.slots for name, placement in self.placements.items()},
             "largest_rank_load_over_mean": self.imbalance(),
@@ -283,6 +288,37 @@ class Bench:
             "replica_reduction_ms": {name: self.reduction(name) for name in self.placements},
             "peak_gib_of_rank_0": peak,
         }
+
+    def differences(self) -> dict[str, dict[str, float]]:
+        """Returns how far each arm is from the first one with its gate, relative to the largest value; collective."""
+        import torch
+        import torch.distributed as dist
+
+        first: dict[str, dict[str, Any]] = {}
+        found = {}
+        for arm in self.arms:
+            layer = self.use(arm)
+            output, loss, _ = layer(self.batch)
+            torch.autograd.backward([output, loss], [self.grad, torch.ones_like(loss)])
+            experts = layer.deepspeed_moe.experts.deepspeed_experts
+            own = self.arguments.experts // self.world
+            ids = getattr(layer, "expert_ids", range(self.rank * own, (self.rank + 1) * own))
+            # The gradient of one small parameter of every expert, summed over its replicas.
+            summed = torch.zeros(self.arguments.experts, self.arguments.hidden, device=self.device)
+            for expert, module in zip(ids, experts, strict=True):
+                summed[expert] = module[2].bias.grad.float()
+            gate = layer.deepspeed_moe.gate.wg.weight.grad.float()
+            for values in (summed, gate):
+                dist.all_reduce(values)
+            values = {"output": output, "input gradient": self.batch.grad, "experts": summed, "gate": gate}
+            mine = {name: value.detach().float() for name, value in values.items()}
+            layer.zero_grad(set_to_none=True)
+            self.batch.grad = None
+            base = first.setdefault(arm.split("/")[0], mine)
+            spans = torch.stack([(mine[name] - base[name]).abs().max() / base[name].abs().max() for name in mine])
+            dist.all_reduce(spans, dist.ReduceOp.MAX)
+            found[arm] = {name: float(f"{value:.3g}") for name, value in zip(mine, spans.tolist(), strict=True)}
+        return found
 
     def timed(self, work: Any, times: int) -> float:
         """Returns the seconds of one call, on the slowest rank; collective."""
@@ -412,6 +448,8 @@ def table(report: dict[str, Any]) -> str:
         rows.append(f"top-{k}")
         rows += [f"  {arm:26}{value:>10.3f} ms" for arm, value in found["ms"].items()]
         rows += [f"  {name:42}{value:>8.4f}" for name, value in found["ratios"].items()]
+        worst = max(value for arm in found["differences"].values() for value in arm.values())
+        rows.append(f"  {'largest relative difference between arms':42}{worst:>8.2g}")
         for arm, phases in found["breakdown_ms"].items():
             rows.append(f"  {arm}: " + ", ".join(f"{name} {value:g}" for name, value in phases.items()))
     return "\n".join(rows)

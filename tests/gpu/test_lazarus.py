@@ -161,3 +161,21 @@ def test_two_steps_have_the_same_bits() -> None:
     tokens = torch.randn(999, 128, device=DEVICE, dtype=torch.bfloat16)
     for one, two in zip(gradients(layer, tokens), gradients(layer, tokens), strict=True):
         assert torch.equal(one, two)
+
+
+def test_experts_made_on_the_device_start_alike() -> None:
+    from moc_ckpt.lazarus.experts import LocalExperts
+
+    def on_device() -> Any:
+        return torch.nn.Linear(32, 32, device=DEVICE)
+
+    made = []
+    for ids in ((0, 1, 2), (2,)):
+        torch.manual_seed(len(ids))
+        made.append(LocalExperts(on_device, ids, seed=5))
+        drawn = torch.rand(3, device=DEVICE)
+        torch.manual_seed(len(ids))
+        assert torch.equal(drawn, torch.rand(3, device=DEVICE)), "the device's generator goes on as if nothing was made"
+    last = [experts.deepspeed_experts[-1].weight for experts in made]
+    assert torch.equal(*last)
+    assert not torch.equal(last[0], made[0].deepspeed_experts[0].weight)
