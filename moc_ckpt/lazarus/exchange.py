@@ -22,6 +22,9 @@ from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["Exchange", "Routes", "combine", "dispatch"]
 
+# Newer versions of torch have another name for it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Exchange:
     """What all exchanges of one layer share. Not thread-safe; used in the same order on all ranks.
@@ -61,7 +64,7 @@ class Exchange:
         work = None
         if self.ranks > 1:
             every = counts.new_empty(self.ranks * self.placement.num_experts)
-            work = dist.all_gather_into_tensor(every, counts.contiguous(), group=self.group, async_op=True)
+            work = _all_gather(every, counts.contiguous(), group=self.group, async_op=True)
             every = every.view(self.ranks, -1)
         return Routes(self, ops, experts, seen, counts, every, work)
 

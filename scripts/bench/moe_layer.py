@@ -77,14 +77,15 @@ def launch(arguments: argparse.Namespace) -> int:
     ranks = [subprocess.Popen(command, env={**env, **extra}) for env in environments]
     deadline = time.monotonic() + arguments.timeout
     try:
-        status = [0] * len(ranks)
-        for rank, process in enumerate(ranks):
-            status[rank] = process.wait(timeout=max(1.0, deadline - time.monotonic()))
-        return max(map(abs, status))
-    except subprocess.TimeoutExpired:
-        late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
-        print(f"ranks {late} did not end within {arguments.timeout:g} s", file=sys.stderr)
-        return 1
+        while any(process.poll() is None for process in ranks):
+            failed = [rank for rank, process in enumerate(ranks) if process.poll()]
+            if failed or time.monotonic() > deadline:
+                late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
+                why = f"ranks {failed} failed" if failed else f"ranks {late} did not end in {arguments.timeout:g} s"
+                print(why, file=sys.stderr)
+                return 1
+            time.sleep(0.1)
+        return max(abs(process.returncode) for process in ranks)
     finally:
         for process in ranks:
             if process.poll() is None:

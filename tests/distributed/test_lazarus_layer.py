@@ -57,8 +57,9 @@ def run(ctx: Any, layer: Any, seed: int, sizes: list[int], k: int, masked: bool 
     total.backward()
 
     def distance(one: Any, two: Any) -> float:
+        """The largest difference, relative to the largest value where that is above 1."""
         two = torch.zeros_like(one) if two is None else two
-        return float((one.to(exact) - two).abs().max()) if one.numel() else 0.0
+        return float((one.to(exact) - two).abs().max() / two.abs().max().clamp(min=1.0)) if one.numel() else 0.0
 
     assert counts.tolist() == expected[ctx.rank]
     gates = sum(ctx.gather(gate.grad))
@@ -108,10 +109,9 @@ def case_bfloat16(ctx: Any, seed: int, k: int) -> Any:
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_bfloat16_within_rounding(pool: Any, k: int) -> None:
-    """Outputs below 4 and gradients below 64 (sums over at most 64 rows), of 8 significant bits."""
+    """bfloat16 rounds by 1 part in 512; three products follow one another in either direction."""
     for rank in pool.run(4, case_bfloat16, seed=1, k=k):
-        assert max(rank["output"], rank["loss"]) < 0.05, rank
-        assert max(rank.values()) < 0.5, rank
+        assert max(rank.values()) < 2**-6, rank
 
 
 def case_one_hot(ctx: Any) -> Any:
