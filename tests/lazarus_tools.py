@@ -84,6 +84,22 @@ def compare(device: str, ranks: int, experts: int, k: int, tokens: int, hidden: 
     return routed
 
 
+def compare_plans(device: str, seed: int) -> None:
+    """Compares the whole plan of every rank, on random counts: zeros, ties and billions among them."""
+    from moc_ckpt.lazarus import dispatcher, kernels
+
+    draw = random.Random(seed)
+    ranks, experts = draw.randint(1, 9), draw.randint(1, 17)
+    slots = random_slots(draw, ranks, experts).to(device)
+    largest = draw.choice([1, 7, 5000, 10**9])
+    counts = torch.tensor([[max(0, draw.randint(-largest, largest)) for _ in range(experts)] for _ in range(ranks)])
+    counts = counts.to(device)
+    for rank in range(ranks):
+        plan, other = dispatcher.make_plan(counts, slots, rank), kernels.make_plan(counts, slots, rank)
+        for name, one, two in zip(plan._fields, plan, other, strict=True):
+            equal(one, two, name)
+
+
 def equal(one: torch.Tensor, two: torch.Tensor, what: str) -> None:
     """Raises unless both are equal, in dtype and shape as well."""
     if one.dtype != two.dtype or one.shape != two.shape or not torch.equal(one, two):
@@ -102,7 +118,9 @@ def main() -> None:
         dtype = draw.choice([torch.float32, torch.bfloat16])
         routed += compare(device, ranks, experts, k, tokens, hidden, seed, dtype)
     assert routed
-    print(f"{number} dispatches, {routed} routes: equal")
+    for seed in range(5 * number):
+        compare_plans(device, seed)
+    print(f"{number} dispatches, {routed} routes, {5 * number} plans: equal")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ def test_kernels_equal_torch(ranks: int, experts: int, k: int, tokens: int, hidd
         tools.compare(DEVICE, ranks, experts, k, tokens, hidden, seed, dtype)
 
 
+def test_plans_equal_torch() -> None:
+    for seed in range(100):
+        tools.compare_plans(DEVICE, seed)
+
+
 def gradients(layer: LazarusMoE, tokens: Any, used: Any = None) -> list[Any]:
     """Outputs and all gradients, in single precision on the CPU."""
     mine = tokens.detach().clone().requires_grad_()
