@@ -90,7 +90,7 @@ def compare_plans(device: str, seed: int) -> None:
 
     draw = random.Random(seed)
     ranks, experts = draw.randint(1, 9), draw.randint(1, 17)
-    slots = random_slots(draw, ranks, experts).to(device)
+    slots = random_slots(draw, ranks, experts, draw.choice([3, 1 << 16])).to(device)
     largest = draw.choice([1, 7, 5000, 10**9])
     counts = torch.tensor([[max(0, draw.randint(-largest, largest)) for _ in range(experts)] for _ in range(ranks)])
     counts = counts.to(device)

@@ -45,7 +45,7 @@ def targets(counts: Tensor, slots: Tensor) -> Tensor:
 
     Args:
         counts: [N, E] int64, rows of expert e on rank i.
-        slots: [N, E] int64, slots of expert e on rank j; every expert has one somewhere.
+        slots: [N, E] int64, slots of expert e on rank j, or any other weights; every expert has some somewhere.
 
     Returns:
         [N, E] int64.

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moc_ckpt.lazarus import rows as torch_rows
 from moc_ckpt.lazarus.dispatcher import Plan
+from moc_ckpt.lazarus.shares import Shares, slot_shares
 from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["Exchange", "Routes", "combine", "dispatch"]
@@ -48,7 +49,8 @@ class Exchange:
         self.use_kernels = True
         # With one sender, or one expert, rows arrive in the experts' order.
         self.sorts = self.ranks > 1 and len(placement.distinct(rank)) > 1
-        self._slots: dict[torch.device, Tensor] = {}
+        self._on_device: dict[torch.device, Tensor] = {}
+        self.set_shares(slot_shares(placement))
         self._host = _HostCopy()
 
     def begin(self, experts: Tensor) -> Routes:
@@ -68,15 +70,16 @@ class Exchange:
             every = every.view(self.ranks, -1)
         return Routes(self, ops, experts, seen, counts, every, work)
 
-    def slots(self, device: torch.device) -> Tensor:
-        """Returns the slots of every rank and expert, [N, E] int64."""
-        if device not in self._slots:
-            table = torch.zeros(self.ranks, self.placement.num_experts, dtype=torch.int64)
-            for rank, experts in enumerate(self.placement.slots):
-                for expert in experts:
-                    table[rank, expert] += 1
-            self._slots[device] = table.to(device)
-        return self._slots[device]
+    def set_shares(self, shares: Shares) -> None:
+        """Sets the weight of every rank and expert; the same on all ranks."""
+        self._shares = torch.tensor(shares, dtype=torch.int64)
+        self._on_device.clear()
+
+    def shares(self, device: torch.device) -> Tensor:
+        """Returns the weight of every rank and expert, [N, E] int64."""
+        if device not in self._on_device:
+            self._on_device[device] = self._shares.to(device)
+        return self._on_device[device]
 
     def swap(self, rows: Tensor, incoming: list[int], outgoing: list[int]) -> Tensor:
         """Sends rows to all ranks and returns what came from them; collective.
@@ -138,7 +141,7 @@ class Routes:
         if self._work is not None:
             self._work.wait()  # on a GPU the stream waits, not the host
             self._work = None
-        plan: Plan = self.ops.make_plan(self._every, exchange.slots(self._every.device), exchange.rank)
+        plan: Plan = self.ops.make_plan(self._every, exchange.shares(self._every.device), exchange.rank)
         self._sizes = exchange.copy_sizes(plan.sizes)
         self.of_expert = plan.sizes[2 * exchange.ranks :]
         return plan
@@ -258,23 +261,26 @@ def combine(outputs: Tensor, weights: Tensor, routes: Routes) -> Tensor:
     return out
 
 
+# The stream of these copies on each device, for all layers.
+_streams: dict[torch.device, Any] = {}
+
+
 class _HostCopy:
     """Copies a few integers to the host without stopping the device."""
 
     def __init__(self) -> None:
-        self._stream: Any = None
         self._pinned: Tensor | None = None
 
     def start(self, sizes: Tensor) -> Callable[[], list[int]]:
         if sizes.device.type != "cuda":
             return sizes.tolist
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(sizes.device)
+        if self._pinned is None:
             self._pinned = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True)
-        pinned = self._pinned
-        assert pinned is not None
-        self._stream.wait_stream(torch.cuda.current_stream(sizes.device))
-        with torch.cuda.stream(self._stream):
+        if sizes.device not in _streams:
+            _streams[sizes.device] = torch.cuda.Stream(sizes.device)
+        pinned, stream = self._pinned, _streams[sizes.device]
+        stream.wait_stream(torch.cuda.current_stream(sizes.device))
+        with torch.cuda.stream(stream):
             pinned.copy_(sizes, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()

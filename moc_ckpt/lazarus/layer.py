@@ -15,6 +15,7 @@ from moc_ckpt.errors import ConfigError, UnsupportedError
 from moc_ckpt.lazarus.exchange import Exchange, Routes, combine, dispatch
 from moc_ckpt.lazarus.experts import LocalExperts
 from moc_ckpt.lazarus.gate import TopKGate
+from moc_ckpt.lazarus.shares import Shares, check_shares, slot_shares
 from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["LazarusMoE", "even_placement"]
@@ -56,6 +57,7 @@ class LazarusMoE(nn.Module):
         fault_threshold: the number of ranks that every expert is on at least. Where there are too few slots for that,
             the largest feasible number is used, and logged.
         placement: which experts the ranks of `group` hold, one place per rank; None spreads all alike.
+        shares: how replicas share an expert's tokens, see `set_shares`.
         group: process group of the ranks that share the layer; None for all, or for this process where
             torch.distributed is not initialised.
         seed: of the experts' initial values, the same on all ranks but another in every layer; None for one that the
@@ -93,6 +95,7 @@ class LazarusMoE(nn.Module):
         slots_per_rank: int | None = None,
         fault_threshold: int = 1,
         placement: Placement | None = None,
+        shares: Shares | None = None,
         group: Any = None,
         seed: int | None = None,
         name: str = "MoE layer",
@@ -130,9 +133,26 @@ class LazarusMoE(nn.Module):
         )
         experts = LocalExperts(expert, self.expert_ids, seed=_agreed_seed(seed, group), group=group)
         self.deepspeed_moe = _Core(gate, experts, Exchange(self.placement, self.rank, group))
+        self.set_shares(shares)
         if use_residual:
             self.mlp = expert if isinstance(expert, nn.Module) else expert()
             self.coefficient = nn.Linear(hidden_size, 2)
+
+    def set_shares(self, shares: Shares | None) -> None:
+        """Sets how replicas share the tokens of an expert from the next forward pass on.
+
+        No parameter moves and no result changes; all ranks must be given the same shares at the same step.
+
+        Args:
+            shares: a weight for every rank of the group and every expert, as of `shares.even_shares`; None for one
+                share per slot.
+
+        Raises:
+            ConfigError: if they do not fit the placement.
+        """
+        if shares is not None:
+            check_shares(shares, self.placement, where=self.name)
+        self.deepspeed_moe.exchange.set_shares(shares or slot_shares(self.placement))
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Routes tokens to experts and combines what those return; collective over the layer's group.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 
+from moc_ckpt.lazarus.shares import Shares
 from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["calibrated_gate", "expert_loads", "rank_loads", "replaced", "tokens", "with_even_ranks"]
@@ -57,10 +59,10 @@ def expert_loads(batch: torch.Tensor, gate: torch.Tensor, k: int) -> list[int]:
     return found
 
 
-def rank_loads(loads: Sequence[int], placement: Placement) -> list[float]:
-    """Returns the rows that each rank works on, if every slot of an expert takes an equal share."""
-    replicas = placement.replicas()
-    return [sum(loads[expert] / replicas[expert] for expert in row) for row in placement.slots]
+def rank_loads(loads: Sequence[int], shares: Shares) -> list[float]:
+    """Returns the rows that each rank works on."""
+    whole = [sum(column) for column in zip(*shares, strict=True)]
+    return [sum(load * share / every for load, share, every in zip(loads, row, whole, strict=True)) for row in shares]
 
 
 def replaced(loads: Sequence[int], ranks: int, slots: int) -> Placement:
@@ -72,23 +74,34 @@ def replaced(loads: Sequence[int], ranks: int, slots: int) -> Placement:
 
 
 def with_even_ranks(loads: Sequence[int], placement: Placement) -> Placement:
-    """Returns the placement after swaps of slots between ranks, as long as they lower the largest load of a rank."""
+    """Returns the placement after swaps of slots between ranks, each of which makes the ranks' loads more even.
+
+    No swap is made after which fewer failures would leave a copy of every expert, at any number of failed ranks.
+    """
+    from moc_ckpt.lazarus.probability import count_recoverable
+
+    share = [load / replicas for load, replicas in zip(loads, placement.replicas(), strict=True)]
     rows = [list(row) for row in placement.slots]
+    least = count_recoverable(placement)
 
-    def spread(of: list[list[int]]) -> float:
-        return sum(load**2 for load in rank_loads(loads, Placement(placement.num_experts, tuple(map(tuple, of)))))
+    def swapped(one: int, i: int, two: int, j: int) -> bool:
+        gap = sum(share[expert] for expert in rows[one]) - sum(share[expert] for expert in rows[two])
+        moved = share[rows[one][i]] - share[rows[two][j]]
+        if abs(gap - 2 * moved) >= abs(gap) * (1 - 1e-9):
+            return False
+        rows[one][i], rows[two][j] = rows[two][j], rows[one][i]
+        found = count_recoverable(Placement(placement.num_experts, tuple(map(tuple, rows))))
+        if all(now >= before for now, before in zip(found, least, strict=True)):
+            return True
+        rows[one][i], rows[two][j] = rows[two][j], rows[one][i]
+        return False
 
-    best, improved = spread(rows), True
-    while improved:
-        improved = False
-        for one in range(len(rows)):
-            for two in range(one + 1, len(rows)):
-                for i in range(len(rows[one])):
-                    for j in range(len(rows[two])):
-                        rows[one][i], rows[two][j] = rows[two][j], rows[one][i]
-                        found = spread(rows)
-                        if found < best * (1 - 1e-9):
-                            best, improved = found, True
-                        else:
-                            rows[one][i], rows[two][j] = rows[two][j], rows[one][i]
+    pairs = [
+        (one, i, two, j)
+        for one, two in combinations(range(len(rows)), 2)
+        for i in range(len(rows[one]))
+        for j in range(len(rows[two]))
+    ]
+    while any(swapped(*pair) for pair in pairs):
+        pass
     return Placement(placement.num_experts, tuple(map(tuple, rows)))

@@ -13,7 +13,8 @@ Arms, in turns within one run; medians over --rounds of the slowest rank's time 
     skewed/deepspeed         the busiest expert gets --skew times the tokens of the idlest, by real routing
     skewed/before            LazarusMoE as in balanced/lazarus+slots
     skewed/after             LazarusMoE, placed by the planner for these loads
-    skewed/after_even        the same replicas, slots swapped until the ranks' loads are even
+    skewed/shares            the same placement, with tokens shared so that the ranks' loads are even
+    skewed/after_even        the same replicas and survival, slots swapped until the ranks' loads are even
 
 The gradients of replicas are not summed in the timed part: that is the engine's work, as it is with DeepSpeed's layer.
 What it costs is timed apart (`replica_reduction_ms`, one all-reduce per expert that more than one rank has).
@@ -144,6 +145,7 @@ class Bench:
         import torch.distributed as dist
 
         from moc_ckpt.lazarus.layer import even_placement
+        from moc_ckpt.lazarus.shares import even_shares
 
         self.arguments, self.k, self.rank, self.device = arguments, k, rank, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -176,8 +178,10 @@ class Bench:
             "skewed/deepspeed": ("deepspeed", ""),
             "skewed/before": ("slots", "auto"),
             "skewed/after": ("after", "auto"),
+            "skewed/shares": ("after", "auto"),
             "skewed/after_even": ("after_even", "auto"),
         }
+        self.shares = {"skewed/shares": even_shares(self.loads["skewed"], after)}
         chosen = arguments.arms or list(arms)
         self.arms = {name: arm for name, arm in arms.items() if any(name.startswith(begin) for begin in chosen)}
         wanted = {layer for layer, _ in self.arms.values()}
@@ -245,6 +249,7 @@ class Bench:
             made.deepspeed_moe.gate.wg.weight.copy_(self.gates[arm.split("/")[0]])
         if compute:
             made.deepspeed_moe.experts.compute = compute
+            made.set_shares(self.shares.get(arm))
         return made
 
     def iterate(self, layer: Any) -> None:
@@ -347,11 +352,13 @@ class Bench:
         """Returns how much more than the mean the busiest rank computes in each arm."""
         import _moe_skew as skew
 
+        from moc_ckpt.lazarus.shares import slot_shares
+
         found = {}
         for arm, (layer, _) in self.arms.items():
             placement = self.placements.get(layer)
             if placement is not None:
-                loads = skew.rank_loads(self.loads[arm.split("/")[0]], placement)
+                loads = skew.rank_loads(self.loads[arm.split("/")[0]], self.shares.get(arm) or slot_shares(placement))
                 found[arm] = round(max(loads) * len(loads) / sum(loads), 4)
         return found
 
@@ -427,9 +434,11 @@ def ratios(median: dict[str, float]) -> dict[str, float]:
         "balanced: grouped / loop": ("balanced/grouped", "balanced/loop"),
         "lazarus: skewed before / balanced": ("skewed/before", "balanced/lazarus+slots"),
         "lazarus: skewed after / balanced": ("skewed/after", "balanced/lazarus+slots"),
+        "lazarus: skewed shares / balanced": ("skewed/shares", "balanced/lazarus+slots"),
         "lazarus: skewed after_even / balanced": ("skewed/after_even", "balanced/lazarus+slots"),
         "deepspeed: skewed / balanced": ("skewed/deepspeed", "balanced/deepspeed"),
         "skewed: lazarus after / deepspeed": ("skewed/after", "skewed/deepspeed"),
+        "skewed: lazarus shares / deepspeed": ("skewed/shares", "skewed/deepspeed"),
     }
     return {
         name: round(median[other] / median[one], 4)

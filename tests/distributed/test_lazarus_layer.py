@@ -114,6 +114,37 @@ def test_bfloat16_within_rounding(pool: Any, k: int) -> None:
         assert max(rank.values()) < 2**-6, rank
 
 
+def case_shares(ctx: Any) -> Any:
+    """Other shares send other rows to other ranks, and change no result; skewed loads become even."""
+    import torch
+
+    from moc_ckpt.lazarus.shares import even_shares
+
+    layer = build(1, ctx.world, 6, 3, k=1).double()
+    exchange, swap, received = layer.deepspeed_moe.exchange, layer.deepspeed_moe.exchange.swap, []
+    exchange.swap = lambda rows, incoming, outgoing: received.append(sum(incoming)) or swap(rows, incoming, outgoing)
+    before = run(ctx, layer, 1, [90, 90, 90, 90], 1)
+    loads = torch.tensor([0] * 6)
+    generator = torch.Generator().manual_seed(1)
+    gate = layer.deepspeed_moe.gate
+    for _ in range(ctx.world):
+        loads += torch.bincount(gate(torch.randn(90, HIDDEN, generator=generator).double()).experts[:, 0], minlength=6)
+    layer.set_shares(even_shares(loads.tolist(), layer.placement))
+    layer.zero_grad(set_to_none=True)
+    after = run(ctx, layer, 1, [90, 90, 90, 90], 1)
+    return before, after, received[0], received[len(received) // 2]
+
+
+def test_shares_even_the_load(pool: Any) -> None:
+    found = pool.run(4, case_shares)
+    for before, after, _, _ in found:
+        assert max(before.values()) < 1e-10 and max(after.values()) < 1e-10
+    slots, shares = ([rank[column] for rank in found] for column in (2, 3))
+    assert sum(slots) == sum(shares) == 360
+    assert max(slots) > 100, "a case in which slots alone are uneven"
+    assert max(shares) <= 90 + 6, "within a row per expert of the mean"
+
+
 def case_one_hot(ctx: Any) -> Any:
     """All tokens of all ranks go to one expert, which is everywhere: nobody sends anything."""
     import torch

@@ -17,12 +17,13 @@ from moc_ckpt.lazarus.dispatcher import make_plan, rank_flows, targets
 
 @st.composite
 def dispatches(draw: st.DrawFn, largest: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts and slots, [N, E] each; zeros and ties are common."""
+    """Counts and weights, [N, E] each; zeros and ties are common."""
     ranks, experts = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     number = st.one_of(st.just(0), st.integers(0, 5), st.integers(0, largest))
     table = st.lists(number, min_size=ranks * experts, max_size=ranks * experts)
     counts = torch.tensor(draw(table)).view(ranks, experts)
-    held = st.lists(st.integers(0, 3), min_size=ranks * experts, max_size=ranks * experts)
+    weight = st.one_of(st.integers(0, 3), st.integers(0, 1 << 16))
+    held = st.lists(weight, min_size=ranks * experts, max_size=ranks * experts)
     slots = torch.tensor(draw(held)).view(ranks, experts)
     for expert in range(experts):
         if not slots[:, expert].any():
