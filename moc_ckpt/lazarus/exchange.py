@@ -50,6 +50,7 @@ class Exchange:
         # With one sender, or one expert, rows arrive in the experts' order.
         self.sorts = self.ranks > 1 and len(placement.distinct(rank)) > 1
         self._on_device: dict[torch.device, Tensor] = {}
+        self._shares: Tensor | None = None
         self.set_shares(slot_shares(placement))
         self._host = _HostCopy()
 
@@ -72,12 +73,15 @@ class Exchange:
 
     def set_shares(self, shares: Shares) -> None:
         """Sets the weight of every rank and expert; the same on all ranks."""
-        self._shares = torch.tensor(shares, dtype=torch.int64)
-        self._on_device.clear()
+        table = torch.tensor(shares, dtype=torch.int64)
+        if self._shares is None or not torch.equal(table, self._shares):
+            self._shares = table
+            self._on_device.clear()
 
     def shares(self, device: torch.device) -> Tensor:
         """Returns the weight of every rank and expert, [N, E] int64."""
         if device not in self._on_device:
+            assert self._shares is not None
             self._on_device[device] = self._shares.to(device)
         return self._on_device[device]
 
