@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 
 from moc_ckpt.lazarus._build import Nodes, borrowed, node_masks, published, regular, shifted
-from moc_ckpt.lazarus.probability import TooManyStatesError, count_sets, minimal_sets
+from moc_ckpt.lazarus.probability import TooManyStatesError, count_sets, leading_terms
 
 __all__ = ["improved"]
 
@@ -49,7 +49,7 @@ def improved(replicas: Sequence[int], count: int, slots: int) -> Nodes:
         ranked = sorted([start, *variants], key=lambda nodes: score(node_masks(nodes, experts)))
         found = [_climb(nodes, experts, slots, score) for nodes in ranked[:_STARTS]]
         return min(found, key=lambda nodes: score(node_masks(nodes, experts)))
-    ranked = sorted(variants, key=lambda nodes: _profile(node_masks(nodes, experts), count))
+    ranked = sorted(variants, key=lambda nodes: leading_terms(node_masks(nodes, experts), count))
     best, most = start, count_sets(node_masks(start, experts), count)
     for nodes in ranked[: few or 2 * _STARTS]:
         try:
@@ -59,14 +59,6 @@ def improved(replicas: Sequence[int], count: int, slots: int) -> Nodes:
         if survived > most:
             best, most = nodes, survived
     return best
-
-
-def _profile(masks: Sequence[int], count: int) -> tuple[int, ...]:
-    """Returns fatal failures to first order, by size: the number of different minimal sets of each size."""
-    sizes = [0] * (count + 1)
-    for mask in minimal_sets(masks):
-        sizes[mask.bit_count()] += 1
-    return tuple(sizes)
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from moc_ckpt.errors import ConfigError
-from moc_ckpt.lazarus.probability import contract, count_recoverable, holder_masks, minimal_sets
+from moc_ckpt.lazarus.probability import contract, count_recoverable, holder_masks, leading_terms, minimal_sets
 from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["count_recoverable_domains", "spread_over_domains"]
@@ -101,7 +101,7 @@ def _exchanged(sets: Sequence[int], domain_of: list[int]) -> list[int]:
 
 
 def _score(sets: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
-    """Returns a function: for nodes' domains the fatal failures by number of domains, to second order."""
+    """Returns a function: for nodes' domains the `leading_terms`."""
 
     def score(domain_of: Sequence[int]) -> tuple[int, ...]:
         masks = []
@@ -111,13 +111,7 @@ def _score(sets: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
                 if mask >> node & 1:
                     held |= 1 << domain
             masks.append(held)
-        least = minimal_sets(masks)
-        sizes = [0] * (max(domain_of) + 2)
-        for index, mask in enumerate(least):
-            sizes[mask.bit_count()] += 1
-            for other in least[:index]:
-                sizes[(mask | other).bit_count()] -= 1
-        return tuple(sizes)
+        return leading_terms(masks, max(domain_of) + 1)
 
     return score
 

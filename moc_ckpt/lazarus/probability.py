@@ -25,6 +25,7 @@ __all__ = [
     "count_recoverable",
     "count_sets",
     "holder_masks",
+    "leading_terms",
     "minimal_sets",
     "probabilities",
     "recoverable_bound",
@@ -101,6 +102,26 @@ def count_sets(masks: Iterable[int], nodes: int, *, max_states: int = _MAX_STATE
         total *= _count_component(component, width, max_states)
         free -= _union(component).bit_count()
     return _unpack(total * _power(free, width), nodes)
+
+
+def leading_terms(masks: Iterable[int], nodes: int) -> tuple[int, ...]:
+    """Returns the first two terms of inclusion and exclusion: what sorts placements without counting.
+
+    Entry u is the number of minimal sets of u nodes less the number of pairs of them that have u nodes together. The
+    fatal failures of k nodes are the sum of entry u * C(N - u, k - u) over u <= k, but for three and more sets: so of
+    two placements the one with the smaller entries, the first ones first, has fewer fatal failures of few nodes.
+
+    Args:
+        masks: sets of nodes.
+        nodes: N.
+    """
+    terms = [0] * (nodes + 1)
+    sets = minimal_sets(masks)
+    for index, mask in enumerate(sets):
+        terms[mask.bit_count()] += 1
+        for other in sets[:index]:
+            terms[(mask | other).bit_count()] -= 1
+    return tuple(terms)
 
 
 def closed_form(sizes: Sequence[int], nodes: int) -> tuple[int, ...]:
