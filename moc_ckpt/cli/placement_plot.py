@@ -44,7 +44,8 @@ def draw(found: Planned, path: Path) -> None:
             continue
         colour, marker, line = _STYLES[name]
         marker = marker if found.nodes <= 32 else ""
-        axes.plot(range(len(values)), values, color=colour, marker=marker, linestyle=line, label=name)
+        front = 3.0 if name == "mro" else 2.0
+        axes.plot(range(len(values)), values, color=colour, marker=marker, linestyle=line, label=name, zorder=front)
         last = max(last, next((k for k, value in enumerate(values) if value < 1e-3), len(values) - 1))
     if len(found.layers) == 1:
         bound = found.layers[0].bound
@@ -62,6 +63,7 @@ def _label(axes: Any, found: Planned, last: int) -> None:
     axes.set_xlabel("failed nodes")
     axes.set_ylabel("chance that every expert survives")
     axes.set_xlim(0, min(last + 1, found.nodes))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(-0.02, 1.03)
     axes.grid(color="#dddddd")
     axes.legend(frameon=False)

@@ -144,7 +144,7 @@ def _map(found: Planned, plan: LayerPlan) -> Group:
         if len(held) < found.slots:
             cells.append(f"({found.slots - len(held)} vacant)", "dim")
         name = number_ranges(places)
-        table.add_row(*([name, str(domain), cells] if found.racks is not None else [name, cells]))
+        table.add_row(name, *([str(domain)] if found.racks is not None else []), cells)
     hidden = len(rows) - _SHOWN_NODES
     return _noted(table, f"{hidden} more rows: --json has all" if hidden > 0 else "")
 
