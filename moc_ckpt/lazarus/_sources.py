@@ -1,73 +1,85 @@
-"""Who sends what: jobs to machines of which each job may only use some, the largest load as low as possible. Pure."""
+"""Who sends what: transfers of which each may only use some sources, the largest load as low as possible. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 __all__ = ["balanced_sources"]
 
+_PASSES = 3
 
-def balanced_sources(choices: Sequence[Sequence[int]], count: int) -> list[int | None]:
+
+def balanced_sources(
+    transfers: Sequence[Hashable], choices: Mapping[Hashable, Sequence[int]], count: int
+) -> list[int | None]:
     """Chooses a source for each transfer so that the most loaded source is as little loaded as possible.
 
-    First each takes the least loaded one, those with the fewest choices first. Then loads are moved along chains, from
-    the most loaded source to one with at least two less, until there is no such chain: then no other choice has a lower
-    maximum (the argument is that of semi-matchings: the sources that the fullest ones reach are all full).
+    First each takes the least loaded one, those with the fewest choices first, and again when all have chosen. Then
+    loads are moved along chains, from a most loaded source to one with at least two less, until there is no such chain.
+    Then no other choice has a lower maximum m: whatever the most loaded sources reach has at least m - 1 each, and the
+    transfers of all these can go nowhere else.
 
     Args:
-        choices: for each transfer the sources that it can use; none for one that has no source.
+        transfers: for each transfer what is sent: a key of `choices`.
+        choices: for each thing to send the sources that have it; none if it has no source.
         count: number of sources.
 
     Returns:
         For each transfer its source, or None.
     """
     loads = [0] * count
-    chosen: list[int | None] = [None] * len(choices)
-    jobs: list[set[int]] = [set() for _ in range(count)]
-    for job in sorted(range(len(choices)), key=lambda index: (len(choices[index]), index)):
-        if choices[job]:
-            source = min(choices[job], key=lambda item: (loads[item], item))
-            chosen[job] = source
-            loads[source] += 1
-            jobs[source].add(job)
-    stuck: set[int] = set()
-    while len(stuck) < count:
-        top = max((source for source in range(count) if source not in stuck), key=lambda item: loads[item])
-        if loads[top] < max(loads):
-            break  # the most loaded ones cannot be relieved
-        chain = _chain(top, choices, jobs, loads)
-        if chain is None:
-            stuck.add(top)
-            continue
+    chosen: list[int | None] = [None] * len(transfers)
+    held: list[set[int]] = [set() for _ in range(count)]
+    order = sorted(range(len(transfers)), key=lambda index: (len(choices[transfers[index]]), index))
+    for _ in range(_PASSES):
+        for job in order:
+            if sources := choices[transfers[job]]:
+                if (before := chosen[job]) is not None:
+                    loads[before] -= 1
+                source = min(sources, key=loads.__getitem__)
+                chosen[job] = source
+                loads[source] += 1
+    for job, taken in enumerate(chosen):
+        if taken is not None:
+            held[taken].add(job)
+    while chain := _chain(transfers, choices, held, loads):
         for job, source, target in chain:
-            jobs[source].remove(job)
-            jobs[target].add(job)
+            held[source].remove(job)
+            held[target].add(job)
             chosen[job] = target
-        loads[top] -= 1
+        loads[chain[0][1]] -= 1
         loads[chain[-1][2]] += 1
     return chosen
 
 
 def _chain(
-    top: int, choices: Sequence[Sequence[int]], jobs: Sequence[set[int]], loads: Sequence[int]
-) -> list[tuple[int, int, int]] | None:
-    """Returns moves (job, source, target) that take one from `top` to a source with at least two less, if there are."""
-    came: dict[int, tuple[int, int] | None] = {top: None}
-    queue = deque([top])
-    while queue:
+    transfers: Sequence[Hashable],
+    choices: Mapping[Hashable, Sequence[int]],
+    held: Sequence[set[int]],
+    loads: Sequence[int],
+) -> list[tuple[int, int, int]]:
+    """Returns moves (transfer, source, target) from a most loaded source to one with two less; none if not possible."""
+    most = max(loads, default=0)
+    came: dict[int, tuple[int, int] | None] = {source: None for source, load in enumerate(loads) if load == most}
+    queue, seen = deque(came), set()
+    while queue and len(came) < len(loads):
         source = queue.popleft()
-        for job in jobs[source]:
-            for target in choices[job]:
+        for job in held[source]:
+            what = transfers[job]
+            if what in seen:
+                continue
+            seen.add(what)
+            for target in choices[what]:
                 if target in came:
                     continue
                 came[target] = (job, source)
-                if loads[target] + 2 <= loads[top]:
+                if loads[target] + 2 <= most:
                     moves = []
-                    step: int = target
+                    step = target
                     while (back := came[step]) is not None:
-                        moves.append((back[0], back[1], step))
+                        moves.append((*back, step))
                         step = back[1]
                     return moves[::-1]
                 queue.append(target)
-    return None
+    return []

@@ -6,7 +6,7 @@ plan has as many places as there are nodes then. Places are nodes or ranks alike
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +137,7 @@ def migrate(
             fix="restore from a checkpoint, or plan with experts taken from one",
         )
     layers, needs = [], []
+    choices: dict[Hashable, Sequence[int]] = {}
     for layer, (before, after) in enumerate(zip(old, plan, strict=True)):
         holds = _holds(before, nodes)
         wants = _holds(after, range(len(nodes)))
@@ -152,13 +153,10 @@ def migrate(
                 int(np.trace(cost)),
             )
         )
-        needs += [(layer, int(expert), int(index)) for index, expert in np.argwhere(missing)]
-    holders = {
-        (layer, expert): [index for index, node in enumerate(nodes) if node in own]
-        for layer, before in enumerate(old)
-        for expert, own in enumerate(_holder_sets(before))
-    }
-    sources = balanced_sources([holders[layer, expert] for layer, expert, _ in needs], len(nodes))
+        needs += [(layer, expert, index) for index, expert in np.argwhere(missing).tolist()]
+        for expert in np.flatnonzero(missing.any(axis=0)).tolist():
+            choices[layer, expert] = np.flatnonzero(holds[:, expert]).tolist()
+    sources = balanced_sources([(layer, expert) for layer, expert, _ in needs], choices, len(nodes))
     transfers = (
         Transfer(layer, expert, None if source is None else nodes[source], nodes[index])
         for (layer, expert, index), source in zip(needs, sources, strict=True)
@@ -220,14 +218,6 @@ def _apart(domains: Sequence[int] | None, plan_domains: Sequence[int] | None, co
     return np.asarray(domains)[:, None] != np.asarray(plan_domains)[None, :]
 
 
-def _holder_sets(placement: Placement) -> list[set[int]]:
-    held: list[set[int]] = [set() for _ in range(placement.num_experts)]
-    for place, experts in enumerate(placement.slots):
-        for expert in experts:
-            held[expert].add(place)
-    return held
-
-
 def _lost(old: Placement, plan: Placement, nodes: Sequence[int]) -> list[int]:
     alive = {expert for node in nodes if node < len(old.slots) for expert in old.slots[node]}
     return sorted({expert for experts in plan.slots for expert in experts} - alive)
@@ -255,12 +245,13 @@ def _mapping(cost: _Costs, apart: npt.NDArray[np.bool_]) -> tuple[_Costs, int]:
 
 def _greedy(cost: _Costs) -> _Costs:
     """The paper's mapping: again and again the node and place with the fewest new experts (ties by number)."""
+    cost = cost.astype(np.int64)
     count = len(cost)
     places = np.full(count, -1, dtype=np.int64)
-    free = np.ones(count, dtype=bool)
-    for flat in np.argsort(cost, axis=None, kind="stable"):
-        node, place = divmod(int(flat), count)
-        if places[node] < 0 and free[place]:
-            places[node] = place
-            free[place] = False
+    taken = int(cost.max(initial=0)) + 1
+    for _ in range(count):
+        node, place = divmod(int(cost.argmin()), count)
+        places[node] = place
+        cost[node, :] = taken
+        cost[:, place] = taken
     return places
