@@ -7,7 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 __all__ = ["balanced_sources"]
 
-_PASSES = 3
+_PASSES = 10
+"""Rounds in which every transfer takes the least loaded source anew; they leave few chains to be searched."""
 
 
 def balanced_sources(
@@ -33,6 +34,7 @@ def balanced_sources(
     held: list[set[int]] = [set() for _ in range(count)]
     order = sorted(range(len(transfers)), key=lambda index: (len(choices[transfers[index]]), index))
     for _ in range(_PASSES):
+        last = list(chosen)
         for job in order:
             if sources := choices[transfers[job]]:
                 if (before := chosen[job]) is not None:
@@ -40,6 +42,8 @@ def balanced_sources(
                 source = min(sources, key=loads.__getitem__)
                 chosen[job] = source
                 loads[source] += 1
+        if chosen == last:
+            break
     for job, taken in enumerate(chosen):
         if taken is not None:
             held[taken].add(job)
