@@ -88,7 +88,7 @@ def allocate(
     load_left, left = sum(exact), experts
     for expert in sorted(range(experts), key=lambda index: (exact[index], index)):
         share = exact[expert] * room // load_left if load_left else room // left
-        replicas[expert] = room if left == 1 else max(share, threshold)
+        replicas[expert] = max(share, threshold)  # the last one's share is all that remains
         room -= replicas[expert]
         load_left -= exact[expert]
         left -= 1

@@ -150,6 +150,11 @@ def test_larger_clusters_get_the_better_of_both_plans() -> None:
     assert ours[8] > 0.97 and published[8] < 0.87
 
 
+def test_the_local_search_goes_on_where_the_variants_end() -> None:
+    # None of the variants survives more than 99 and 27 failures of 7 and 8 nodes.
+    assert count_recoverable(mro([4, 6, 8, 8, 14], 10, 4))[6:9] >= (195, 100, 28)
+
+
 # ---------------------------------------------------------------------------------- the paper's examples
 
 
