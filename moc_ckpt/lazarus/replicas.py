@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moc_ckpt.errors import UnsupportedError
-from moc_ckpt.lazarus.exchange import Exchange, Interval, split_evenly, split_first
+from moc_ckpt.lazarus.replica_exchange import Interval, ReplicaExchange, split_evenly, split_first
 from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["ExpertParam", "LayerReplicas", "ReplicaOptimizer", "StateShard", "sibling_optimizer"]
@@ -127,8 +127,8 @@ class _Layer:
 
     experts: dict[int, _Expert]
     grads: Tensor
-    even: Exchange
-    first: Exchange
+    even: ReplicaExchange
+    first: ReplicaExchange
     reduced: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -331,7 +331,7 @@ class ReplicaOptimizer:
                 if interval[0] < interval[1]
             ]
         first = {index: split_first(expert.holders, expert.numel) for index, expert in experts.items()}
-        return _Layer(experts, grads, Exchange(even, self._group), Exchange(first, self._group))
+        return _Layer(experts, grads, ReplicaExchange(even, self._group), ReplicaExchange(first, self._group))
 
     @torch.no_grad()
     def _share_weights(self) -> None:

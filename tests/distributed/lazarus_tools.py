@@ -317,7 +317,9 @@ def expert_state(engine: Any, ctx: Any) -> dict[str, dict[str, Any]]:
         for name, item in mine.items():
             weight = item["weight"]
             entry = out.setdefault(name, {"weight": weight})
-            assert bits_equal(entry["weight"], weight), f"{name}: the weight of rank {rank} differs from another replica's"
+            assert bits_equal(entry["weight"], weight), (
+                f"{name}: the weight of rank {rank} differs from another replica's"
+            )
             if item["step"] is not None and item["interval"][0] < item["interval"][1]:
                 assert entry.setdefault("step", item["step"]) == item["step"], f"{name}: step of rank {rank}"
             start, stop = item["interval"]
@@ -479,4 +481,3 @@ class Reference:
                 group["lr"] = value
             self.optimizer.step()
         return losses, norms
-

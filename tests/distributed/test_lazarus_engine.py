@@ -28,7 +28,9 @@ def case_reference(ctx: Any, setting: Setting, steps: int) -> dict[str, Any]:
         reference = tools.Reference(setting, ctx.world)
         expected, expected_norms = reference.train(lrs)
         found = [list(row) for row in zip(*everyone, strict=True)]
-        out["loss off"] = max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+        out["loss off"] = max(
+            abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)
+        )
         out["norm off"] = max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True))
         out["first norm off"] = abs(norms[0] / expected_norms[0] - 1)
         out["fell"] = (sum(expected[0]), sum(expected[-1]))
@@ -73,7 +75,12 @@ def case_orders(ctx: Any, setting: Setting, steps: int) -> dict[str, Any]:
     names = {id(p): n for n, p in tools._named_globally(engine)}
     net = engine.module
     orders = [
-        [names[id(p)] for group in tools.groups_of(setting, net, rank) for p in group["params"] if hasattr(p, "lazarus")]
+        [
+            names[id(p)]
+            for group in tools.groups_of(setting, net, rank)
+            for p in group["params"]
+            if hasattr(p, "lazarus")
+        ]
         for rank in (ctx.rank,)
     ][0]
     losses, norms, _ = tools.train(engine, steps)

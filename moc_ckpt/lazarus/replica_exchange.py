@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GRAIN", "Exchange", "Split", "split_evenly", "split_first"]
+__all__ = ["GRAIN", "ReplicaExchange", "Split", "split_evenly", "split_first"]
 
 # Shares begin at multiples of it where there is enough to share out: vector instructions then see the same groups of
 # elements in a share as in the whole, and results do not depend on how an expert was cut.
@@ -71,7 +71,7 @@ def split_first(holders: Sequence[int], numel: int) -> Split:
     return Split(tuple(holders), tuple(((0, numel if place == 0 else 0),) for place in range(len(holders))))
 
 
-class Exchange:
+class ReplicaExchange:
     """The exchanges of one layer's experts. Methods are collective over all ranks of the group; not thread-safe.
 
     Args:
