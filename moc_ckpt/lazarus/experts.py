@@ -61,12 +61,13 @@ class LocalExperts(nn.Module):
                 parameter.expert_id = index
         self.deepspeed_experts = nn.ModuleList(made)
 
-    def forward(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, tokens: Tensor, counts: Sequence[int], of_expert: Tensor) -> Tensor:
         """Applies every expert to its tokens.
 
         Args:
             tokens: [rows, hidden], sorted by expert.
             counts: rows of each local expert, in the order of `expert_ids`.
+            of_expert: [E] int64, the same on the device, for every global id.
 
         Returns:
             [rows, hidden]. An expert without tokens takes part in the graph as well, so that its gradient is zeros.

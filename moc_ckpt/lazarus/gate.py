@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,12 +68,15 @@ class TopKGate(nn.Module):
         self.top2_2nd_expert_sampling = top2_2nd_expert_sampling
         self._where = where
 
-    def forward(self, tokens: Tensor, used: Tensor | None = None) -> Routing:
+    def forward(
+        self, tokens: Tensor, used: Tensor | None = None, on_choice: Callable[[Tensor], object] | None = None
+    ) -> Routing:
         """Decides for T tokens; rank-local, and without waiting for the device.
 
         Args:
             tokens: [T, hidden_size].
             used: [T], k = 1 only; a token whose entry is 0 goes nowhere.
+            on_choice: called with the experts as soon as they are known, before weights and loss are computed.
         """
         if used is not None and self.k > 1:
             raise ConfigError(
@@ -85,17 +89,18 @@ class TopKGate(nn.Module):
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - _JITTER, 1 + _JITTER)
         logits = F.linear(tokens, self.wg.weight.to(precise))
         probabilities = F.softmax(logits, dim=1)
-        experts = self._choose(logits.detach(), probabilities.detach())
-        weights = probabilities.gather(1, experts)
+        chosen = self._choose(logits.detach(), probabilities.detach())
+        taken = None if used is None else (used.reshape(-1, 1) != 0)
+        experts = chosen if taken is None else torch.where(taken, chosen, -1)
+        if on_choice is not None:
+            on_choice(experts)
+        weights = probabilities.gather(1, chosen)
         # The loss counts the first choices of top-1 and top-2, and all choices from top-3 on.
-        counted = experts if self.k > 2 else experts[:, :1]
-        chosen = torch.zeros_like(probabilities.detach()).scatter_(1, counted, 1.0)
-        if used is not None:
-            taken = used.reshape(-1, 1)
-            chosen = chosen * taken
-            experts = torch.where(taken != 0, experts, -1)
-            weights = weights * taken
-        loss = (probabilities.mean(0) * chosen.mean(0)).sum() * self.num_experts / counted.shape[1]
+        counted = chosen if self.k > 2 else chosen[:, :1]
+        hits = torch.zeros_like(probabilities.detach()).scatter_(1, counted, 1.0)
+        if taken is not None:
+            hits, weights = hits * taken, weights * taken
+        loss = (probabilities.mean(0) * hits.mean(0)).sum() * self.num_experts / counted.shape[1]
         if self.k > 1:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
         return Routing(experts, weights, loss)

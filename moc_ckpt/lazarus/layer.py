@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moc_ckpt.errors import ConfigError, UnsupportedError
+from moc_ckpt.lazarus.exchange import Exchange, Routes, combine, dispatch
 from moc_ckpt.lazarus.experts import LocalExperts
 from moc_ckpt.lazarus.gate import TopKGate
 from moc_ckpt.lazarus.types import Placement
@@ -24,9 +25,9 @@ logger = logging.getLogger(__name__)
 class LazarusMoE(nn.Module):
     """A mixture of experts in which every expert may have replicas on several ranks.
 
-    To its caller it is deepspeed.moe.layer.MoE with `drop_tokens=False`: the same names of arguments and parameters, the
-    same gating, auxiliary loss and outputs. A token goes to any replica of its expert, so that all ranks get their share
-    of the work; none is dropped and nothing is padded.
+    To its caller it is deepspeed.moe.layer.MoE with `drop_tokens=False`: the same names of arguments and parameters,
+    the same gating, auxiliary loss and outputs. A token goes to any replica of its expert, so that all ranks get their
+    share of the work; none is dropped and nothing is padded.
 
     Expert parameters carry `allreduce = False`, `lazarus = True` and `expert_id` (global). Their gradients are those of
     this rank's tokens: **whoever trains the layer sums them over the replicas of each expert**.
@@ -128,7 +129,7 @@ class LazarusMoE(nn.Module):
             where=name,
         )
         experts = LocalExperts(expert, self.expert_ids, seed=_agreed_seed(seed, group), group=group)
-        self.deepspeed_moe = _Core(gate, experts)
+        self.deepspeed_moe = _Core(gate, experts, Exchange(self.placement, self.rank, group))
         if use_residual:
             self.mlp = expert if isinstance(expert, nn.Module) else expert()
             self.coefficient = nn.Linear(hidden_size, 2)
@@ -156,13 +157,24 @@ class LazarusMoE(nn.Module):
 class _Core(nn.Module):
     """Gate and experts, under the names that DeepSpeed's parameters have."""
 
-    def __init__(self, gate: TopKGate, experts: LocalExperts) -> None:
+    def __init__(self, gate: TopKGate, experts: LocalExperts, exchange: Exchange) -> None:
         super().__init__()
         self.gate = gate
         self.experts = experts
+        self.exchange = exchange
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        begun: list[Routes] = []
+        # Counts travel while the gate computes weights and loss.
+        routing = self.gate(tokens, used_token, lambda experts: begun.append(self.exchange.begin(experts)))
+        routes = begun[0]
+        self.exchange.marked("gate")
+        rows = dispatch(tokens, routes)
+        rows = self.experts(rows, routes.local, routes.of_expert)
+        self.exchange.marked("experts")
+        output = combine(rows, routing.weights, routes)
+        return output.view(hidden_states.shape), routing.loss, routes.counts
 
 
 def even_placement(num_experts: int, ranks: int, slots_per_rank: int) -> Placement:

@@ -1,0 +1,276 @@
+"""LazarusMoE on several ranks against one process that has every expert and the concatenated batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distributed import lazarus_reference as lazarus
+
+pytestmark = pytest.mark.distributed
+
+HIDDEN, WIDE = 6, 10
+
+
+def build(seed: int, ranks: int, experts: int, slots: int, **kwargs: Any) -> Any:
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    placement = lazarus.random_placement(seed, ranks, experts, slots)
+    return LazarusMoE(
+        HIDDEN,
+        lazarus.expert_module(HIDDEN, WIDE),
+        experts,
+        placement=placement,
+        top2_2nd_expert_sampling=False,
+        **kwargs,
+    )
+
+
+def run(ctx: Any, layer: Any, seed: int, sizes: list[int], k: int, masked: bool = False) -> dict[str, float]:
+    """Forward and backward on all ranks and in the reference; the largest differences."""
+    import torch
+
+    dtype = next(layer.parameters()).dtype
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(size, HIDDEN, generator=generator).to(dtype) for size in sizes]
+    targets = [torch.randn(size, HIDDEN, generator=generator).to(dtype) for size in sizes]
+    used = [torch.rand(size, generator=generator) < 0.7 for size in sizes] if masked else None
+    gate = layer.deepspeed_moe.gate.wg.weight
+    with torch.no_grad():
+        gate.copy_(torch.randn(gate.shape, generator=torch.Generator().manual_seed(seed)))
+    experts = lazarus.all_experts(ctx, layer)
+
+    mine = batches[ctx.rank].clone().requires_grad_()
+    output, loss, counts = layer(mine, None if used is None else used[ctx.rank])
+    assert output.dtype == dtype and output.shape == mine.shape
+    ((output * targets[ctx.rank]).sum() + 0.3 * loss.to(dtype)).backward()
+
+    exact = torch.float64
+    inputs = [batch.to(exact).requires_grad_() for batch in batches]
+    weights = gate.detach().to(exact).requires_grad_()
+    whole = [{name: value.to(exact).requires_grad_() for name, value in one.items()} for one in experts]
+    outputs, losses, expected = lazarus.reference(inputs, weights, whole, k, used)
+    total = sum(
+        (one * target.to(exact)).sum() + 0.3 * aux for one, target, aux in zip(outputs, targets, losses, strict=True)
+    )
+    total.backward()
+
+    def distance(one: Any, two: Any) -> float:
+        two = torch.zeros_like(one) if two is None else two
+        return float((one.to(exact) - two).abs().max()) if one.numel() else 0.0
+
+    assert counts.tolist() == expected[ctx.rank]
+    gates = sum(ctx.gather(gate.grad))
+    found = lazarus.summed_gradients(ctx, layer)
+    return {
+        "output": distance(output.detach(), outputs[ctx.rank].detach()),
+        "loss": distance(loss.detach().reshape(1), losses[ctx.rank].detach()),
+        "input gradient": distance(mine.grad, inputs[ctx.rank].grad),
+        "gate gradient": distance(gates, weights.grad),
+        "expert gradient": max(
+            distance(grads[name], whole[index][name].grad) for index, grads in enumerate(found) for name in grads
+        ),
+    }
+
+
+def case_exact(ctx: Any, seed: int, experts: int, slots: int, k: int, sizes: list[int], masked: bool) -> Any:
+    layer = build(seed, ctx.world, experts, slots, k=k).double()
+    return run(ctx, layer, seed, sizes, k, masked)
+
+
+@pytest.mark.parametrize(
+    ("seed", "experts", "slots", "k", "sizes", "masked"),
+    [
+        (1, 6, 3, 1, [9, 9, 9, 9], False),
+        (2, 6, 3, 2, [12, 5, 0, 8], False),
+        (3, 5, 4, 3, [7, 11, 3, 6], False),
+        (4, 4, 1, 2, [6, 6, 6, 6], False),
+        (5, 3, 5, 1, [10, 0, 0, 0], True),
+        (6, 7, 2, 1, [4, 14, 9, 1], True),
+        (7, 1, 1, 1, [3, 2, 1, 0], False),
+    ],
+)
+def test_exact_in_double(
+    pool: Any, seed: int, experts: int, slots: int, k: int, sizes: list[int], masked: bool
+) -> None:
+    found = pool.run(4, case_exact, seed=seed, experts=experts, slots=slots, k=k, sizes=sizes, masked=masked)
+    for rank in found:
+        assert max(rank.values()) < 1e-10, rank
+
+
+def case_bfloat16(ctx: Any, seed: int, k: int) -> Any:
+    import torch
+
+    layer = build(seed, ctx.world, 6, 3, k=k).to(torch.bfloat16)
+    return run(ctx, layer, seed, [9, 12, 3, 8], k)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_bfloat16_within_rounding(pool: Any, k: int) -> None:
+    """Outputs below 4 and gradients below 64 (sums over at most 64 rows), of 8 significant bits."""
+    for rank in pool.run(4, case_bfloat16, seed=1, k=k):
+        assert max(rank["output"], rank["loss"]) < 0.05, rank
+        assert max(rank.values()) < 0.5, rank
+
+
+def case_one_hot(ctx: Any) -> Any:
+    """All tokens of all ranks go to one expert, which is everywhere: nobody sends anything."""
+    import torch
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    layer = LazarusMoE(HIDDEN, lazarus.expert_module(HIDDEN, WIDE), 4, slots_per_rank=4).double()
+    with torch.no_grad():
+        layer.deepspeed_moe.gate.wg.weight.zero_()
+        layer.deepspeed_moe.gate.wg.weight[2] = 1.0
+    seen: list[Any] = []
+    exchange = layer.deepspeed_moe.exchange
+    swap = exchange.swap
+    exchange.swap = lambda rows, incoming, outgoing: seen.append((incoming, outgoing)) or swap(rows, incoming, outgoing)
+    layer(torch.ones(10, HIDDEN, dtype=torch.float64, requires_grad=True))[0].sum().backward()
+    idle = layer.deepspeed_moe.experts.deepspeed_experts[0][0].weight.grad
+    return {"flows": seen, "idle": None if idle is None else float(idle.abs().max())}
+
+
+def test_everything_to_one_expert(pool: Any) -> None:
+    for rank, found in enumerate(pool.run(4, case_one_hot)):
+        alone = [10 if other == rank else 0 for other in range(4)]
+        assert found["flows"] == [(alone, alone)] * 4
+        assert found["idle"] == 0.0, "an expert without tokens has a gradient of zeros"
+
+
+def case_alike(ctx: Any, as_module: bool) -> Any:
+    """Every rank has another seed and other experts; copies start equal, and the generators go on alike."""
+    import torch
+    from torch import nn
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    class Scaled(nn.Module):
+        """A module with a parameter that cannot be drawn anew."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(HIDDEN, HIDDEN)
+            self.scale = nn.Parameter(torch.full((1,), float(ctx.rank)))
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x) * self.scale, None
+
+    # Without new numbers from the caller's side, what a rank draws next tells what building consumed.
+    expert: Any = Scaled() if as_module else lambda: lazarus.expert_module(HIDDEN, WIDE)
+    out = []
+    for seed in (11, 12):
+        torch.manual_seed(ctx.rank)
+        placement = lazarus.random_placement(seed, ctx.world, 5, 3)
+        layer = LazarusMoE(HIDDEN, expert, 5, placement=placement)
+        drawn = float(torch.rand(1))
+        experts = lazarus.all_experts(ctx, layer)
+        for parameter in layer.deepspeed_moe.experts.parameters():
+            assert parameter.allreduce is False and parameter.lazarus is True
+        ids = [p.expert_id for m in layer.deepspeed_moe.experts.deepspeed_experts for p in m.parameters()]
+        assert tuple(sorted(set(ids))) == layer.expert_ids == placement.distinct(ctx.rank)
+        out.append(({i: {n: v.tolist() for n, v in one.items()} for i, one in enumerate(experts)}, drawn))
+    # The seed of the layer comes from the first rank, so both layers are equal.
+    assert out[0] == out[1]
+    torch.manual_seed(ctx.rank)
+    other = LazarusMoE(HIDDEN, expert, 5, placement=placement, seed=99)
+    values = lazarus.all_experts(ctx, other)
+    name = next(name for name in values[0] if "weight" in name)
+    return {
+        "differ": len({str(one[name].tolist()) for one in values}),
+        "others": values[0][name].tolist() != out[0][0][0][name],
+        "scale": [float(one["scale"]) for one in values if "scale" in one],
+    }
+
+
+@pytest.mark.parametrize("as_module", [True, False])
+def test_copies_start_alike(pool: Any, as_module: bool) -> None:
+    for found in pool.run(3, case_alike, as_module=as_module):
+        assert found["differ"] == 5, "no expert starts as another"
+        assert found["others"], "another seed gives other values"
+        assert found["scale"] == ([0.0] * 5 if as_module else [])
+
+
+def case_deepspeed(ctx: Any, k: int, residual: bool) -> None:
+    """The default placement is DeepSpeed's layout, so its state dict loads as it is."""
+    import torch
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    arguments = {
+        "hidden_size": HIDDEN,
+        "num_experts": 4,
+        "ep_size": 2,
+        "k": k,
+        "use_residual": residual,
+        "drop_tokens": False,
+        "top2_2nd_expert_sampling": False,
+    }
+    torch.manual_seed(3)
+    theirs = MoE(expert=lazarus.expert_module(HIDDEN, WIDE), **arguments)
+    theirs.set_deepspeed_parallelism()
+    # Experts depend on where they are, all else is alike.
+    first = groups._get_expert_parallel_rank("ep_size_2") * 2
+    with torch.no_grad():
+        for index, expert in enumerate(theirs.deepspeed_moe.experts.deepspeed_experts):
+            generator = torch.Generator().manual_seed(first + index)
+            for parameter in expert.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    ours = LazarusMoE(expert=lazarus.expert_module(HIDDEN, WIDE), **arguments)
+    missing = ours.load_state_dict(theirs.state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    torch.manual_seed(50 + ctx.rank)
+    tokens = torch.randn(3, 7, HIDDEN)
+    results = []
+    for layer in (theirs, ours):
+        batch = tokens.clone().requires_grad_()
+        output, loss, counts = layer(batch)
+        (output.square().sum() + loss).backward()
+        results.append([output, loss, counts, batch.grad, layer.deepspeed_moe.gate.wg.weight.grad])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("k", "residual"), [(1, False), (2, True), (3, False)])
+def test_same_results_as_deepspeed(pool: Any, k: int, residual: bool) -> None:
+    pool.run(2, case_deepspeed, k=k, residual=residual)
+
+
+def case_recomputed(ctx: Any) -> Any:
+    """With activation checkpointing the forward pass runs again in backward: the same gradients."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    layer = build(4, ctx.world, 6, 4, k=2).double()
+    grads = []
+    for again in (False, True):
+        batch = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(ctx.rank), dtype=torch.float64)
+        batch.requires_grad_()
+        output = checkpoint(lambda x: layer(x)[0], batch, use_reentrant=False) if again else layer(batch)[0]
+        grads.append(torch.autograd.grad(output.square().sum(), [batch, *layer.parameters()]))
+    return all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+
+def test_activation_checkpointing(pool: Any) -> None:
+    assert pool.run(2, case_recomputed) == [True, True]
+
+
+def case_world(ctx: Any) -> Any:
+    from distributed.harness import attempt
+    from moc_ckpt.lazarus.layer import LazarusMoE
+    from moc_ckpt.lazarus.types import Placement
+
+    plan = Placement(2, ((0, 1),) * 3)
+    found = attempt(LazarusMoE, HIDDEN, lazarus.expert_module(HIDDEN, WIDE), 2, placement=plan, name="layer 7", seed=1)
+    ctx.barrier()
+    return found
+
+
+def test_a_placement_for_another_world(pool: Any) -> None:
+    for found in pool.run(2, case_world):
+        assert found["raised"] == "ConfigError"
+        assert "3 ranks, 2 share" in found["text"] and "layer 7" in found["text"]
