@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moc_ckpt.lazarus import rows as torch_rows
 from moc_ckpt.lazarus.dispatcher import Plan
@@ -155,11 +156,12 @@ class Routes:
         if exchange.sorts:
             received, self.order = self.ops.sort_rows(received, plan)
         exchange.marked("sort")
-        self._seen = self._every = None  # what the backward pass does not need
+        self._seen = None  # the backward pass needs places and order alone
         return received
 
     def send_back(self, grad: Tensor) -> Tensor:
         """Backward of `send`."""
+        self.exchange.marked("backward experts")
         grad = self._unsorted(grad)
         self.exchange.marked("backward sort")
         home = self.exchange.swap(grad, self.sent, self.received)
@@ -202,6 +204,7 @@ class _Dispatch(torch.autograd.Function):
         return routes.send(tokens)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.routes.send_back(grads[0]), None
 
@@ -216,6 +219,7 @@ class _Combine(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         home, weights = ctx.saved_tensors
         rows, weight_grad = ctx.routes.bring_back(grads[0], home, weights)

@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moc_ckpt.lazarus.grouped import Mlp, apply_grouped, as_mlp, can_group, pack_weights
+
 __all__ = ["LocalExperts", "expert_seed"]
+
+# Rows of one expert from which a GEMM of its own keeps a GPU busy.
+_FILLS_A_GPU = 1024
 
 
 def expert_seed(seed: int, expert: int) -> int:
@@ -36,6 +41,10 @@ class LocalExperts(nn.Module):
         seed: the layer's seed, the same on all ranks of the group.
         group: the ranks that share the layer; None for this process alone. Making the experts is collective over it
             if the module has parameters that cannot be drawn anew.
+
+    Attributes:
+        compute: "loop" calls one expert after the other; "grouped" uses torch's grouped GEMM where `grouped.can_group`;
+            "auto" does on a GPU, unless the experts have so many rows that each keeps it busy.
     """
 
     def __init__(
@@ -56,10 +65,11 @@ class LocalExperts(nn.Module):
                 torch.manual_seed(expert_seed(seed, index))
                 made.append(expert())
             for parameter in made[-1].parameters():
-                parameter.allreduce = False  # as DeepSpeed marks parameters that are not alike on all ranks
-                parameter.lazarus = True
-                parameter.expert_id = index
+                # The first is how DeepSpeed marks parameters that are not alike on all ranks.
+                vars(parameter).update(allreduce=False, lazarus=True, expert_id=index)
         self.deepspeed_experts = nn.ModuleList(made)
+        self.compute = "auto"
+        self._ids: dict[torch.device, Tensor] = {}
 
     def forward(self, tokens: Tensor, counts: Sequence[int], of_expert: Tensor) -> Tensor:
         """Applies every expert to its tokens.
@@ -72,11 +82,36 @@ class LocalExperts(nn.Module):
         Returns:
             [rows, hidden]. An expert without tokens takes part in the graph as well, so that its gradient is zeros.
         """
+        mlps = self._grouping(tokens)
+        if mlps:
+            if tokens.device not in self._ids:
+                self._ids[tokens.device] = torch.tensor(self.expert_ids, device=tokens.device)
+            return apply_grouped(tokens, mlps, counts, of_expert.index_select(0, self._ids[tokens.device]))
         outputs = []
         for part, module in zip(tokens.split(list(counts)), self.deepspeed_experts, strict=True):
             output = module(part)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat(outputs)
+
+    def pack(self) -> None:
+        """Lays weights out for the grouped GEMM, which else copies them together at every call.
+
+        Only of plain two-layer MLPs, others are left alone. Call it after the last `to(...)`, before an optimizer is
+        made.
+        """
+        mlps = [as_mlp(module) for module in self.deepspeed_experts]
+        if all(mlps):
+            pack_weights([mlp for mlp in mlps if mlp])
+
+    def _grouping(self, tokens: Tensor) -> list[Mlp]:
+        """Returns the experts as MLPs for the grouped GEMM; nothing where it cannot, or had better not, be used."""
+        number = len(self.deepspeed_experts)
+        if self.compute == "loop" or (
+            self.compute == "auto" and (not tokens.is_cuda or number == 1 or len(tokens) > _FILLS_A_GPU * number)
+        ):
+            return []
+        mlps = [mlp for mlp in map(as_mlp, self.deepspeed_experts) if mlp]
+        return mlps if len(mlps) == number and can_group(tokens, mlps) else []
 
 
 def _cuda_devices() -> list[int]:

@@ -254,7 +254,16 @@ def make_plan(counts: Tensor, slots: Tensor, rank: int) -> Plan:
     tables = torch.empty(4, ranks, experts, dtype=torch.int64, device=counts.device)
     sizes = torch.empty(2 * ranks + experts, dtype=torch.int64, device=counts.device)
     _plan[(1,)](
-        counts, slots, *tables, sizes, rank, ranks, experts, N_PAD=_padded(ranks), E_PAD=_padded(experts), num_warps=8
+        counts,
+        slots,
+        *tables,
+        sizes,
+        rank,
+        ranks,
+        experts,
+        N_PAD=_padded(ranks),
+        E_PAD=_padded(experts),
+        num_warps=min(16, max(1, _padded(ranks) * _padded(experts) // 256)),
     )
     return Plan(tables[0], tables[1], tables[2].view(-1), tables[3].view(-1), sizes)
 

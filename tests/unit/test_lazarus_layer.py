@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moc_ckpt.errors import ConfigError, UnsupportedError
+from moc_ckpt.lazarus.grouped import as_mlp
 from moc_ckpt.lazarus.layer import LazarusMoE, even_placement
 from moc_ckpt.lazarus.types import Placement
 
@@ -93,3 +94,58 @@ def test_second_expert_is_drawn_with_the_gates_probabilities() -> None:
     assert (routing.experts[:, 0] == 0).all()
     # Of the two others: e / (e + 1).
     assert abs(float((routing.experts[:, 1] == 1).float().mean()) - 0.7311) < 0.02
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped GEMM")
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_gemm_equals_the_loop(packed: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(16, 24, bias=bias), nn.GELU(), nn.Linear(24, 16, bias=bias))
+    made = layer(hidden_size=16, expert=mlp, num_experts=4).to(torch.bfloat16)
+    experts = made.deepspeed_moe.experts
+    before = {name: value.clone() for name, value in experts.state_dict().items()}
+    if packed:
+        experts.pack()
+        assert all(torch.equal(value, before[name]) for name, value in experts.state_dict().items())
+        first, second = (expert[0].weight for expert in list(experts.deepspeed_experts)[:2])
+        assert second.data_ptr() - first.data_ptr() == first.numel() * 2
+    counts = [5, 0, 9, 1]  # one without rows
+    tokens = torch.randn(15, 16).to(torch.bfloat16)
+    calls: list[str] = []
+    real = torch._grouped_mm
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(experts.compute)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_grouped_mm", counted)
+    results = []
+    for experts.compute in ("loop", "grouped"):
+        mine = tokens.clone().requires_grad_()
+        out = experts(mine, counts, torch.tensor(counts))
+        grads = torch.autograd.grad(out.float().square().sum(), [mine, *experts.parameters()])
+        results.append([out, *grads])
+    assert calls == ["grouped"] * 6
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+    assert any(float(grad.abs().max()) == 0 for grad in results[1][1:]), "zeros where no token went"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 8), nn.GELU()),
+        nn.ModuleList([nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)]),
+    ],
+)
+def test_other_modules_are_not_grouped(module: nn.Module) -> None:
+    assert as_mlp(module) is None
+
+
+def test_modules_with_hooks_are_not_grouped() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    assert as_mlp(mlp) is not None
+    mlp[0].register_forward_hook(lambda *_: None)
+    assert as_mlp(mlp) is None
