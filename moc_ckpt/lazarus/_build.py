@@ -150,9 +150,7 @@ def borrowed(replicas: Sequence[int], count: int, slots: int) -> Iterable[Nodes]
                 yield _borrow(replicas, count, slots, donors, number, rotate)
 
 
-def _borrow(
-    replicas: Sequence[int], count: int, slots: int, donors: Sequence[int], number: int, rotate: bool
-) -> Nodes:
+def _borrow(replicas: Sequence[int], count: int, slots: int, donors: Sequence[int], number: int, rotate: bool) -> Nodes:
     experts = len(replicas)
     last = (experts - 1) // slots * slots
     nodes, left = _groups(replicas, count, range(0, experts, slots))
@@ -198,7 +196,7 @@ def spread(replicas: Sequence[int], count: int) -> Nodes:
 
 
 def compact(replicas: Sequence[int], count: int, slots: int) -> Nodes:
-    """Each expert on as few nodes as possible (the paper's other baseline): whole nodes, then the tightest that fits."""
+    """Each expert on as few nodes as possible (the paper's other baseline): whole nodes, then the tightest fit."""
     nodes: Nodes = [[] for _ in range(count)]
     for expert in sorted(range(len(replicas)), key=lambda index: (-replicas[index], index)):
         number = replicas[expert]

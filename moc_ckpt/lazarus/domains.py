@@ -134,5 +134,3 @@ def _check(placement: Placement, domains: Sequence[int]) -> None:
             f"failure domains are numbered {sorted(numbers)}",
             fix=f"number them from 0 to {len(numbers) - 1} without gaps",
         )
-
-

@@ -166,9 +166,7 @@ def migrate(
     return Migration(nodes, tuple(layers), tuple(transfers))
 
 
-def _nodes(
-    old: Sequence[Placement], plan: Sequence[Placement], failed: Sequence[int], joined: int
-) -> tuple[int, ...]:
+def _nodes(old: Sequence[Placement], plan: Sequence[Placement], failed: Sequence[int], joined: int) -> tuple[int, ...]:
     if len(old) != len(plan) or not old:
         raise ConfigError(
             f"the new plan has {len(plan)} MoE layers and the old one {len(old)}", fix="plan for the same model"

@@ -104,7 +104,7 @@ def count_sets(masks: Iterable[int], nodes: int, *, max_states: int = _MAX_STATE
 
 
 def closed_form(sizes: Sequence[int], nodes: int) -> tuple[int, ...]:
-    """Counts as `count_sets` does for disjoint sets, of which only the sizes matter: MRO with a node set for each group.
+    """Counts as `count_sets` does for disjoint sets, of which only the sizes matter: those of MRO's groups.
 
     Args:
         sizes: nodes of each group's representative; their sum is at most N.
@@ -137,7 +137,7 @@ def contract(placement: Placement, domains: Sequence[int]) -> Placement:
 
 
 def recoverable_bound(replicas: Sequence[int], nodes: int, slots: int) -> tuple[int, ...]:
-    """Returns what no placement can exceed: upper bounds of `count_recoverable`. docs/lazarus-placement.md has the proof.
+    """Returns upper bounds of `count_recoverable` for all placements (docs/lazarus-placement.md proves them).
 
     Args:
         replicas: of each expert, any order.
