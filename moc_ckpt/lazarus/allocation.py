@@ -34,7 +34,7 @@ class Allocation:
         if self.fault_threshold == self.asked:
             return ""
         return (
-            f"{sum(self.replicas):,} slots do not hold {self.asked} replicas of each of {len(self.replicas):,} experts: "
+            f"{sum(self.replicas):,} slots do not hold {self.asked} replicas of {len(self.replicas):,} experts: "
             f"every expert has at least {self.fault_threshold}"
         )
 
