@@ -28,6 +28,7 @@ _VERBS = {
     "recover": _Verb("recover", "recover"),
     "verify": _Verb("verify", "verify"),
     "plan": _Verb("plan", "plan", cls="PlanCommand"),
+    "placement": _Verb("placement", "placement"),
     "gc": _Verb("gc", "gc"),
     "patch": _Verb("patch", "patch"),
     "export": _Verb("export", "export"),

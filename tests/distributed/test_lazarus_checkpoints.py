@@ -201,7 +201,7 @@ def case_partial(ctx: Any, setting: Setting, path: str, plugin: dict[str, Any]) 
 
 @pytest.mark.parametrize("mode", ["durable", "async"])
 def test_partial_checkpoints_and_their_ledger(pool: Pool, ckpt_dir: str, mode: str) -> None:
-    """K = 1 of 5 experts: the others' versions are older, each is what it was at its step, and tokens are all counted."""
+    """K = 1 of 5 experts: the others' versions are older, each as it was at its step, and tokens are all counted."""
     plugin = {**ASYNC, "save_mode": mode, "snapshot_interval": 0, "k_snapshot": 1, "recovery": {"memory": False}}
     results = pool.run(WORLD, case_partial, setting=Setting(**BF16), path=ckpt_dir, plugin=plugin)
     first = results[0]

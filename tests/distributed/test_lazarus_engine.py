@@ -1,4 +1,4 @@
-"""LazarusMoE under a DeepSpeed engine: one shared expert's mathematics, and replicas that stay alike to the last bit."""
+"""LazarusMoE under a DeepSpeed engine: one shared expert's mathematics, and replicas that stay alike bit by bit."""
 
 from __future__ import annotations
 
@@ -73,16 +73,8 @@ def test_bf16_follows_within_its_rounding(pool: Pool, state: str) -> None:
 def case_orders(ctx: Any, setting: Setting, steps: int) -> dict[str, Any]:
     engine = tools.build(setting)
     names = {id(p): n for n, p in tools._named_globally(engine)}
-    net = engine.module
-    orders = [
-        [
-            names[id(p)]
-            for group in tools.groups_of(setting, net, rank)
-            for p in group["params"]
-            if hasattr(p, "lazarus")
-        ]
-        for rank in (ctx.rank,)
-    ][0]
+    groups = tools.groups_of(setting, engine.module, ctx.rank)
+    orders = [names[id(p)] for group in groups for p in group["params"] if hasattr(p, "lazarus")]
     losses, norms, _ = tools.train(engine, steps)
     return {"losses": losses, "norms": norms, "orders": ctx.gather(orders), "state": tools.expert_state(engine, ctx)}
 

@@ -136,6 +136,8 @@ class Preparation:
 
     def _read(self, engine: Any) -> list[LayerReplicas]:
         _check_engine(engine)
+        for _, layer in self._layers:
+            layer.deepspeed_moe.experts.pack()  # the engine's cast has torn the weights apart
         return [
             LayerReplicas(
                 f"MoE layer {ordinal} ({name})",

@@ -1,0 +1,230 @@
+"""What the experts had to do lately, and whether another placement would pay. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moc_ckpt.errors import ConfigError
+from moc_ckpt.lazarus.allocation import Allocation, allocate, layer_text
+from moc_ckpt.lazarus.domains import spread_over_domains
+from moc_ckpt.lazarus.migration import Migration, migrate
+from moc_ckpt.lazarus.placement import mro
+from moc_ckpt.lazarus.types import Placement
+
+__all__ = ["Costs", "LoadHistory", "Rebalance", "imbalance", "plan_rebalance"]
+
+_PerLayer = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadHistory:
+    """Tokens per expert over the last observations. Immutable: `observe` returns a new one.
+
+    Attributes:
+        window: observations that count; older ones are forgotten.
+        samples: (step, per layer and expert the tokens processed so far), the oldest first. The loads are what the
+            last one has more than the first one.
+    """
+
+    window: int
+    samples: tuple[tuple[int, _PerLayer], ...]
+
+    @classmethod
+    def start(cls, experts: Sequence[int], window: int = 4) -> LoadHistory:
+        """Returns a history that begins at step 0.
+
+        Args:
+            experts: number of experts of each MoE layer.
+            window: observations that count, at least 1.
+        """
+        if window < 1:
+            raise ConfigError(f"a history of {window} observations", fix="keep at least 1")
+        return cls(window, ((0, tuple((0,) * count for count in experts)),))
+
+    def observe(self, step: int, processed: Sequence[Sequence[int]]) -> LoadHistory:
+        """Returns the history with one more observation.
+
+        Counts or steps that go back mean that training was restored: the history then begins anew from there.
+
+        Args:
+            step: engine.global_steps.
+            processed: per layer and expert the tokens processed so far, over all ranks: `processed` of the PEC ledger.
+
+        Raises:
+            ConfigError: if layers or experts are not those of the history.
+        """
+        counts = tuple(tuple(int(count) for count in layer) for layer in processed)
+        last_step, last = self.samples[-1]
+        if [len(layer) for layer in counts] != [len(layer) for layer in last]:
+            raise ConfigError(
+                f"counts of {[len(layer) for layer in counts]} experts for layers of {[len(layer) for layer in last]}",
+                fix="a history belongs to one model",
+            )
+        back = step < last_step or any(
+            new < old for now, then in zip(counts, last, strict=True) for new, old in zip(now, then, strict=True)
+        )
+        if back:
+            return replace(self, samples=((step, counts),))
+        kept = self.samples if step > last_step else self.samples[:-1]
+        return replace(self, samples=(*kept, (step, counts))[-self.window - 1 :])
+
+    @property
+    def loads(self) -> _PerLayer:
+        """Per layer and expert the tokens within the window."""
+        first, last = self.samples[0][1], self.samples[-1][1]
+        return tuple(
+            tuple(new - old for new, old in zip(now, then, strict=True)) for now, then in zip(last, first, strict=True)
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps within the window."""
+        return self.samples[-1][0] - self.samples[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a step and a migration take.
+
+    Attributes:
+        layer_s: seconds per step that the experts of one MoE layer need where all nodes have the same work.
+        expert_bytes: bytes of one copy of an expert, its optimizer state included.
+        bandwidth: bytes per second that a node sends, and receives at the same time.
+        fixed_s: seconds that a migration takes beside its transfers (a restart, for now).
+    """
+
+    layer_s: float
+    expert_bytes: float
+    bandwidth: float
+    fixed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalance:
+    """A decision, and the plan that it is about.
+
+    Attributes:
+        worth_it: whether the gain is larger than the cost.
+        before: for each MoE layer the imbalance of the present placement under the new loads.
+        after: the same of the plan.
+        gain_s: seconds that the plan saves over the steps it is meant for.
+        cost_s: seconds that it costs.
+        allocations: for each MoE layer; None for one that keeps its placement.
+        migration: the new placements and the transfers.
+    """
+
+    worth_it: bool
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    gain_s: float
+    cost_s: float
+    allocations: tuple[Allocation | None, ...]
+    migration: Migration
+
+    @property
+    def text(self) -> str:
+        """One line for a log."""
+        moved = sum(allocation is not None for allocation in self.allocations)
+        worst, best = max(self.before), max(self.after)
+        return (
+            f"rebalance {'pays' if self.worth_it else 'does not pay'}: {self.gain_s:.3g} s gained, "
+            f"{self.cost_s:.3g} s spent; {moved} of {len(self.before)} MoE layers, "
+            f"{len(self.migration.transfers)} transfers, worst imbalance {worst:.2f} -> {best:.2f}"
+        )
+
+    def to_data(self) -> dict[str, Any]:
+        """Returns plain data for an event: the decision, the plan (per layer and place its experts), the transfers."""
+        return {
+            "worth_it": self.worth_it,
+            "gain_s": self.gain_s,
+            "cost_s": self.cost_s,
+            "imbalance_before": list(self.before),
+            "imbalance_after": list(self.after),
+            "placements": [[list(held) for held in layer.placement.slots] for layer in self.migration.layers],
+            "transfers": [
+                {
+                    "layer": item.layer,
+                    "expert": item.expert,
+                    "source": item.source,
+                    "destination": item.destination,
+                }
+                for item in self.migration.transfers
+            ],
+        }
+
+
+def imbalance(placement: Placement, loads: Sequence[float]) -> float:
+    """Returns the work of the most loaded place over the mean place; 1 is perfect, and stands for no work as well.
+
+    Every slot of an expert takes an equal share of its tokens.
+
+    Args:
+        placement: of one layer.
+        loads: per expert its tokens.
+    """
+    total = sum(loads)
+    if not total:
+        return 1.0
+    shares = [load / max(number, 1) for load, number in zip(loads, placement.replicas(), strict=True)]
+    most = max(sum(shares[expert] for expert in held) for held in placement.slots)
+    return most * len(placement.slots) / total
+
+
+def plan_rebalance(
+    current: Sequence[Placement],
+    loads: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    fault_threshold: int,
+    steps: int,
+    costs: Costs,
+    domains: Sequence[int] | None = None,
+) -> Rebalance:
+    """Plans placements for the loads of late, and decides whether to move to them (pure).
+
+    A layer whose imbalance the plan would not lower keeps its placement. The gain is that of the others' most loaded
+    nodes over `steps` steps; the cost is that of the node that sends or receives most.
+
+    Args:
+        current: for each MoE layer the present placement, of nodes.
+        loads: per layer and expert the tokens, such as `LoadHistory.loads`.
+        slots: c, slots of each node.
+        fault_threshold: f, as for `allocation.allocate`.
+        steps: steps that the plan is meant for: the rebalance interval.
+        costs: what steps and transfers take.
+        domains: for each node its failure domain, if nodes fail together.
+
+    Raises:
+        ConfigError: if loads and placements are not of the same model, or the costs are not positive.
+        MocError: if an expert has no copy.
+    """
+    if len(current) != len(loads) or not current:
+        raise ConfigError(f"loads of {len(loads)} MoE layers for placements of {len(current)}", fix="give one for each")
+    if costs.layer_s < 0 or costs.expert_bytes < 0 or costs.bandwidth <= 0 or costs.fixed_s < 0 or steps < 0:
+        raise ConfigError("costs are negative, or the bandwidth is not positive", where=str(costs))
+    plans, allocations = [], []
+    for layer, (now, tokens) in enumerate(zip(current, loads, strict=True)):
+        if now.num_experts != len(tokens):
+            raise ConfigError(
+                f"loads of {len(tokens)} experts for a placement of {now.num_experts}", where=layer_text(layer)
+            )
+        plan, allocation = now, None
+        if any(tokens):
+            found = allocate(tokens, len(now.slots), slots, fault_threshold, layer=layer)
+            wanted = mro(found.replicas, len(now.slots), slots, layer=layer)
+            if imbalance(wanted, tokens) < imbalance(now, tokens):
+                plan, allocation = wanted, found
+                if domains is not None:
+                    plan = spread_over_domains(wanted, domains)
+        plans.append(plan)
+        allocations.append(allocation)
+    migration = migrate(current, plans, domains=domains, plan_domains=domains)
+    before = tuple(imbalance(now, tokens) for now, tokens in zip(current, loads, strict=True))
+    after = tuple(imbalance(layer.placement, tokens) for layer, tokens in zip(migration.layers, loads, strict=True))
+    gain = costs.layer_s * steps * sum(old - new for old, new in zip(before, after, strict=True))
+    busiest = max([0, *migration.sent.values(), *migration.received.values()])
+    moves = any(allocation is not None for allocation in allocations)
+    cost = busiest * costs.expert_bytes / costs.bandwidth + costs.fixed_s if moves else 0.0
+    return Rebalance(gain > cost, before, after, gain, cost, tuple(allocations), migration)

@@ -1,0 +1,57 @@
+"""From places of nodes to places of ranks. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from moc_ckpt.errors import ConfigError
+from moc_ckpt.lazarus.types import Placement
+
+__all__ = ["split"]
+
+
+def split(placement: Placement, ranks_per_node: int, slots_per_rank: int | None = None) -> Placement:
+    """Shares out the slots of each node over its ranks, with few local copies.
+
+    Two slots of an expert on one rank are one copy there. So whole ranks are filled with one expert as long as it has
+    as many slots, and what remains of an expert, the most first, goes onto the rank with the least room that takes all
+    of it; only if there is none it is split.
+
+    Args:
+        placement: of nodes.
+        ranks_per_node: ranks (GPUs) of a node.
+        slots_per_rank: slots of a rank; by default those of the fullest node over its ranks, rounded up.
+
+    Returns:
+        A placement of nodes * ranks_per_node places: rank r is on node r // ranks_per_node.
+
+    Raises:
+        ConfigError: if a node has more experts than its ranks have slots.
+    """
+    if ranks_per_node < 1:
+        raise ConfigError(f"ranks_per_node is {ranks_per_node}", fix="give at least 1")
+    most = max((len(experts) for experts in placement.slots), default=0)
+    room = slots_per_rank if slots_per_rank is not None else -(-most // ranks_per_node)
+    if most > room * ranks_per_node:
+        raise ConfigError(
+            f"{ranks_per_node} ranks of {room} slots do not hold the {most} slots of a node",
+            fix=f"give {-(-most // ranks_per_node)} slots per rank",
+        )
+    ranks: list[tuple[int, ...]] = []
+    for experts in placement.slots:
+        ranks += _split_node(experts, ranks_per_node, room)
+    return Placement(placement.num_experts, tuple(ranks))
+
+
+def _split_node(experts: tuple[int, ...], count: int, room: int) -> list[tuple[int, ...]]:
+    ranks: list[list[int]] = [[] for _ in range(count)]
+    # The most slots first: whole ranks come out of that by themselves, since the tightest rank that fits is empty then.
+    for expert, number in sorted(Counter(experts).items(), key=lambda item: (-item[1], item[0])):
+        while number:
+            vacant = [(room - len(held), rank) for rank, held in enumerate(ranks) if len(held) < room]
+            fits = [item for item in vacant if item[0] >= number]
+            most, rank = min(fits) if fits else max(vacant, key=lambda item: (item[0], -item[1]))
+            take = min(number, most)
+            ranks[rank] += [expert] * take
+            number -= take
+    return [tuple(held) for held in ranks]
