@@ -464,7 +464,7 @@ class Reference:
         return F.cross_entropy(logits.view(-1, VOCAB), target.view(-1)) + 0.01 * aux
 
     def train(self, lrs: list[list[float]]) -> tuple[list[list[float]], list[float]]:
-        """One step per entry, the learning rates of both groups; the losses [step x micro][rank], and the norm before clipping of every step."""
+        """One step per entry, the rates of both groups; losses [step x micro][rank] and every step's norm."""
         import torch
 
         losses, norms = [], []
