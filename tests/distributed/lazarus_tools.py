@@ -46,6 +46,8 @@ class Setting:
     #: Ranks give their parameters to the optimizer in different orders.
     shuffled: bool = False
     client: bool = False
+    #: A schedule of torch's, which keeps lists with one entry per param group.
+    decay: bool = False
     noise: str | None = None
     buffers: bool = False
     config: tuple[tuple[str, Any], ...] = ()
@@ -237,11 +239,14 @@ def build(
         config["optimizer"] = {"type": "AdamW", "params": options}
     if plugin is not None:
         config["moc_checkpoint"] = {"save_mode": "durable", **plugin}
+    if setting.decay:
+        del config["scheduler"]
     config.update(dict(setting.config))
     engine, *_ = deepspeed.initialize(
         model=net,
         optimizer=optimizer,
         model_parameters=None if optimizer is not None else groups,
+        lr_scheduler=_schedule if setting.decay else None,
         config=config,
         dist_init_required=False,
     )
@@ -249,6 +254,12 @@ def build(
     engine.setting = setting
     assert world == 1 or setting.placements is None or len(setting.placements[0]) == world
     return engine
+
+
+def _schedule(optimizer: Any) -> Any:
+    import torch
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9 ** (step % 11))
 
 
 def batch(step: int, micro: int, rank: int, seed: int = 7) -> tuple[Any, Any]:

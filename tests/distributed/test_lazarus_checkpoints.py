@@ -78,10 +78,10 @@ def _check_continues(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> No
     assert oracle.global_differences(one[0]["end"], two[0]["end"]) == []
 
 
-@pytest.mark.parametrize("state", ["replicated", "sharded"])
-def test_from_deepspeeds_layer_and_back(pool: Pool, ckpt_dir: str, state: str) -> None:
+@pytest.mark.parametrize(("state", "decay"), [("replicated", True), ("sharded", False)])
+def test_from_deepspeeds_layer_and_back(pool: Pool, ckpt_dir: str, state: str, decay: bool) -> None:
     """Masters, moments, counts, options and weights; DeepSpeed's engine then goes on bit for bit."""
-    native, ours = NATIVE.with_(**BF16), OURS.with_(**BF16, state=state)
+    native, ours = NATIVE.with_(**BF16, decay=decay), OURS.with_(**BF16, decay=decay, state=state)
     ref = f"{ckpt_dir}/ref.pt"
     source = pool.run(WORLD, case_save, setting=native, path=f"{ckpt_dir}/a", ref=ref, plugin=ON)
     there = pool.run(WORLD, case_load, setting=ours, path=f"{ckpt_dir}/a", ref=ref, again=f"{ckpt_dir}/b", plugin=ON)
