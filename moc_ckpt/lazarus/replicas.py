@@ -105,12 +105,18 @@ class _Expert:
     def numel(self) -> int:
         return self.grad.numel()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.params[0].param.dtype
+
+    @property
+    def placed(self) -> Iterator[tuple[ExpertParam, int]]:
+        """Its parameters, and where each begins."""
+        return zip(self.params, self.offsets, strict=True)
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """Returns each parameter's part of a flat tensor [numel], in the parameter's shape."""
-        return [
-            flat[offset : offset + item.param.numel()].view(item.param.shape)
-            for item, offset in zip(self.params, self.offsets, strict=True)
-        ]
+        return [flat[offset : offset + item.param.numel()].view(item.param.shape) for item, offset in self.placed]
 
 
 @dataclass(slots=True)
@@ -227,7 +233,8 @@ class ReplicaOptimizer:
             for index, expert in layer.experts.items():
                 whole = self.state == "replicated"
                 flat = expert.grad if whole else layer.reduced[index]
-                flat.mul_(scale)
+                if not isinstance(scale, float) or scale != 1.0:
+                    flat.mul_(scale)
                 at = 0
                 for master in expert.masters:
                     start, stop = master.interval
@@ -256,19 +263,25 @@ class ReplicaOptimizer:
     def derive_weights(self) -> None:
         """Casts the masters into the weights; collective if sharded, which gathers them."""
         for layer in self._layers:
-            flats = {index: _empty_weights(expert) for index, expert in layer.experts.items()}
-            if self.state == "sharded":
-                shares = {
-                    index: torch.cat([master.tensor.to(flats[index].dtype) for master in expert.masters])
-                    for index, expert in layer.experts.items()
-                }
-                layer.even.gather(shares, flats)
+            if self.state == "replicated":
+                parts = [self._shard(expert, *item) for expert in layer.experts.values() for item in expert.placed]
+                torch._foreach_copy_(
+                    [part.param for part in parts], [part.master.view(part.param.shape) for part in parts]
+                )
+                continue
+            shares = {
+                index: torch.cat([master.tensor.to(expert.dtype) for master in expert.masters])
+                if expert.masters
+                else torch.empty(0, dtype=expert.dtype, device=layer.grads.device)
+                for index, expert in layer.experts.items()
+            }
+            flats = {
+                index: torch.empty(expert.numel, dtype=expert.dtype, device=layer.grads.device)
+                for index, expert in layer.experts.items()
+            }
+            layer.even.gather(shares, flats)
             for index, expert in layer.experts.items():
-                if self.state == "replicated":
-                    for master in expert.masters:
-                        flats[index][slice(*master.interval)].copy_(master.tensor)
-                for item, view in zip(expert.params, expert.views(flats[index]), strict=True):
-                    item.param.copy_(view)
+                torch._foreach_copy_([item.param for item in expert.params], expert.views(flats[index]))
 
     def close(self) -> None:
         """Takes the hooks off the parameters; not collective, may be repeated."""
@@ -282,7 +295,7 @@ class ReplicaOptimizer:
         """Yields every trainable expert parameter of this rank with the part of its state that this rank has."""
         for layer in self._layers:
             for expert in layer.experts.values():
-                for item, offset in zip(expert.params, expert.offsets, strict=True):
+                for item, offset in expert.placed:
                     yield self._shard(expert, item, offset)
 
     def _shard(self, expert: _Expert, item: ExpertParam, offset: int) -> StateShard:
@@ -376,11 +389,6 @@ def _flatten(params: Sequence[ExpertParam]) -> tuple[list[ExpertParam], list[tup
     for item in ordered:
         segments[item.group] = segments.get(item.group, 0) + item.param.numel()
     return ordered, list(segments.items())
-
-
-def _empty_weights(expert: _Expert) -> Tensor:
-    param = expert.params[0].param
-    return torch.empty(expert.numel, dtype=param.dtype, device=param.device)
 
 
 def _adder(total: Tensor) -> Any:

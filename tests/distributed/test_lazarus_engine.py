@@ -138,6 +138,44 @@ def test_trains_as_deepspeeds_layer_does(pool: Pool, client: bool) -> None:
     assert max(abs(a - b) for x, y in zip(native, ours, strict=True) for a, b in zip(x, y, strict=True)) < 1e-4
 
 
+# --------------------------------------------------------------------------------------- gradients that overflow
+
+
+def case_overflow(ctx: Any, setting: Setting) -> dict[str, Any]:
+    """In its third step one replica of one expert gets an infinite gradient."""
+    engine = tools.build(setting)
+    tools.train(engine, 2)
+    before, weights = tools.expert_state(engine, ctx), tools.local_weights(engine)
+    if ctx.rank == 2:
+        param = engine.module.blocks[1].moe.deepspeed_moe.experts.deepspeed_experts[0].down.weight
+        handle = param.register_hook(lambda grad: grad * float("inf"))
+    _, norms, _ = tools.train(engine, 1)
+    after, now = tools.expert_state(engine, ctx), tools.local_weights(engine)
+    if ctx.rank == 2:
+        handle.remove()
+    _, later, _ = tools.train(engine, 2)
+    moved = _differences(after, tools.expert_state(engine, ctx))
+    same = [oracle.bits_equal(weights[name], now[name]) for name in weights]
+    return {
+        "norm": norms[0],
+        "skipped": engine.skipped_steps,
+        "changed": _differences(before, after),
+        "same": all(same),
+        "later": all(norm < 1e3 for norm in later),
+        "moved": bool(moved),
+    }
+
+
+@pytest.mark.parametrize("state", ["replicated", "sharded"])
+def test_an_infinite_gradient_on_one_rank_skips_the_step_everywhere(pool: Pool, state: str) -> None:
+    """Dense state and experts alike, and training goes on afterwards."""
+    for result in pool.run(WORLD, case_overflow, setting=Setting(state=state)):
+        assert result["norm"] == float("inf")
+        assert (result["skipped"], result["changed"], result["same"]) == (1, [], True)
+        assert result["later"]
+        assert result["moved"]
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -154,6 +192,8 @@ def case_refused(ctx: Any, setting: Setting, rank_of_other: int | None = None) -
         ({"stage": 3}, "ZeRO stage 3"),
         ({"dtype": "fp16"}, "fp16"),
         ({"config": (("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "cpu"}}),)}, "offload"),
+        ({"config": (("zero_optimization", {"stage": 2, "compute_grad_norm": False}),)}, "compute_grad_norm"),
+        ({"config": (("gradient_allreduce_op", "sum"),)}, "gradient_allreduce_op"),
         ({"config": (("lazarus", {"optimizer_stat": "sharded"}),)}, "did you mean 'optimizer_state'"),
         ({"config": (("lazarus", {"optimizer_state": "halved"}),)}, "replicated or sharded"),
         ({"config": (("optimizer", {"type": "Adagrad", "params": {"lr": 0.1}}),)}, "Adagrad"),

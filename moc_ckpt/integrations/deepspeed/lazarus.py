@@ -193,9 +193,9 @@ class EngineReplicas:
             state=state,
             group=dist.group.WORLD,
             # DeepSpeed's mean over data-parallel ranks, which it also takes for its own experts.
-            divisor=dist.get_world_size() if self._wrapper.gradient_average else 1,
+            divisor=dist.get_world_size(),
         )
-        self._norm: torch.Tensor | None = None
+        self._norm = torch.zeros(())
         self._deepspeed_step: Callable[..., Any] = self._wrapper.step
         self._deepspeed_norm: Callable[..., Any] = self._wrapper.scaled_global_norm
         self._wrapper.step = self._step
@@ -220,7 +220,6 @@ class EngineReplicas:
                 f"the loss is scaled by {self._wrapper.loss_scale}", where="LazarusMoE", fix="train in bf16 or fp32"
             )
         self.follow()
-        self._norm = None
         self.replicas.reduce()
         result = self._deepspeed_step(*args, **kwargs)
         if self._wrapper.overflow:
@@ -249,7 +248,7 @@ class EngineReplicas:
 
     def _scale(self) -> torch.Tensor | float:
         """Returns what DeepSpeed multiplied the dense gradients with, by the formula of `unscale_and_clip_grads`."""
-        if self._wrapper.clip_grad == 0.0 or self._norm is None:
+        if self._wrapper.clip_grad == 0.0:
             return 1.0
         norm = torch.where(torch.isfinite(self._norm), self._norm, torch.inf)
         return 1.0 / torch.clamp((norm + 1e-6) / self._wrapper.clip_grad, min=1.0)
@@ -300,6 +299,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     refused = {
         f"ZeRO stage {zero.get('stage', 0)} (stages 1 and 2 work)": zero.get("stage", 0) not in (1, 2),
         "CPU or NVMe offload": offloads("offload_optimizer") or offloads("offload_param"),
+        "zero_optimization.compute_grad_norm false": zero.get("compute_grad_norm") is False,
         "fp16 (bf16 and fp32 work)": on("fp16"),
         "torch autocast": on("torch_autocast"),
         "ZenFlow": bool(zero.get("zenflow")),
@@ -326,6 +326,8 @@ def _check_engine(engine: Any) -> None:
     wrapper, base = type(engine.optimizer).__name__, type(getattr(engine.optimizer, "optimizer", None)).__name__
     if wrapper != _WRAPPER:
         _refuse([f"the optimizer wrapper {wrapper} (e.g. fp32 gradient accumulation in ZeRO-1)"])
+    if not engine.optimizer.gradient_average:
+        _refuse(["gradient_allreduce_op other than mean"])
     if base not in _ELEMENTWISE:
         _refuse([f"the optimizer {base} ({', '.join(_ELEMENTWISE)} work)"])
 
