@@ -25,17 +25,17 @@ _STAND_IN = 2
 
 
 class ExpertParam(NamedTuple):
-    """One trainable parameter of a local expert.
+    """One parameter of a local expert.
 
     Attributes:
         name: within the expert's module.
         param: the model's parameter.
-        group: index of its param group.
+        group: index of its param group; None: it is frozen.
     """
 
     name: str
     param: Tensor
-    group: int
+    group: int | None
 
 
 class LayerReplicas(NamedTuple):
@@ -44,7 +44,7 @@ class LayerReplicas(NamedTuple):
     Attributes:
         where: the layer's name, for messages.
         placement: which ranks hold which experts; places are ranks.
-        experts: trainable parameters by global expert id, in the order of the expert's module.
+        experts: parameters by global expert id, in the order of the expert's module.
     """
 
     where: str
@@ -127,14 +127,12 @@ class _Layer:
         experts: by global id, ascending.
         grads: fp32, all experts' gradients one after the other.
         even: shares gradients (and sharded state) out evenly.
-        first: gives all to the first holder.
         reduced: this rank's shares of the summed gradients, between `reduce` and `step`.
     """
 
     experts: dict[int, _Expert]
     grads: Tensor
     even: ReplicaExchange
-    first: ReplicaExchange
     reduced: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -174,8 +172,9 @@ class ReplicaOptimizer:
         self._group = group
         self._rank = dist.get_rank(group)
         self._divisor = divisor
+        for layer in layers:
+            self._share_weights(layer)
         self._layers = [self._build(layer) for layer in layers]
-        self._share_weights()
         members: list[list[Tensor]] = [[] for _ in groups]
         for master in self._masters():
             members[master.group].append(master.tensor)
@@ -229,12 +228,12 @@ class ReplicaOptimizer:
         Args:
             scale: what gradients are multiplied with first; the same bits on all ranks.
         """
+        whole = self.state == "replicated"
         for layer in self._layers:
+            if not isinstance(scale, float) or scale != 1.0:
+                torch._foreach_mul_([layer.grads] if whole else list(layer.reduced.values()), scale)
             for index, expert in layer.experts.items():
-                whole = self.state == "replicated"
                 flat = expert.grad if whole else layer.reduced[index]
-                if not isinstance(scale, float) or scale != 1.0:
-                    flat.mul_(scale)
                 at = 0
                 for master in expert.masters:
                     start, stop = master.interval
@@ -300,6 +299,7 @@ class ReplicaOptimizer:
 
     def _shard(self, expert: _Expert, item: ExpertParam, offset: int) -> StateShard:
         holders = expert.holders if self.state == "replicated" else (self._rank,)
+        assert item.group is not None
         numel = item.param.numel()
         for master in expert.masters:
             start, stop = (min(max(edge - offset, 0), numel) for edge in master.interval)
@@ -343,27 +343,35 @@ class ReplicaOptimizer:
                 for (group, _), interval in zip(expert.segments, intervals, strict=True)
                 if interval[0] < interval[1]
             ]
-        first = {index: split_first(expert.holders, expert.numel) for index, expert in experts.items()}
-        return _Layer(experts, grads, ReplicaExchange(even, self._group), ReplicaExchange(first, self._group))
+        for expert in experts.values():
+            for master in expert.masters:
+                self._read_weights(expert, master)
+        return _Layer(experts, grads, ReplicaExchange(even, self._group))
+
+    @staticmethod
+    @torch.no_grad()
+    def _read_weights(expert: _Expert, master: _Master) -> None:
+        flat = torch.cat([item.param.detach().reshape(-1) for item in expert.params])
+        master.tensor.copy_(flat[slice(*master.interval)])
 
     @torch.no_grad()
-    def _share_weights(self) -> None:
-        """Gives all copies of an expert its first holder's values, and the masters theirs; collective."""
-        for layer in self._layers:
-            flats = {}
-            for index, expert in layer.experts.items():
-                flats[index] = torch.cat([item.param.detach().reshape(-1) for item in expert.params])
-            own = {
-                index: flats[index] if expert.holders[0] == self._rank else flats[index][:0]
-                for index, expert in layer.experts.items()
-            }
-            out = {index: torch.empty_like(flat) for index, flat in flats.items()}
-            layer.first.gather(own, out)
-            for index, expert in layer.experts.items():
-                for item, view in zip(expert.params, expert.views(out[index]), strict=True):
-                    item.param.copy_(view)
-                for master in expert.masters:
-                    master.tensor.copy_(out[index][slice(*master.interval)])
+    def _share_weights(self, layer: LayerReplicas) -> None:
+        """Gives all copies of an expert its first holder's values, of frozen parameters too; collective."""
+        flats, splits = {}, {}
+        for index, params in layer.experts.items():
+            parts = [item.param.detach().reshape(-1).view(torch.uint8) for item in params if item.param.numel()]
+            flats[index] = torch.cat(parts)
+            splits[index] = split_first(layer.placement.holders(index), flats[index].numel())
+        own = {index: flat if splits[index].holders[0] == self._rank else flat[:0] for index, flat in flats.items()}
+        ReplicaExchange(splits, self._group).gather(own, flats)
+        for index, params in layer.experts.items():
+            at = 0
+            for item in params:
+                nbytes = item.param.numel() * item.param.element_size()
+                # A copy of its own: views of another dtype must begin at a multiple of its size.
+                values = flats[index][at : at + nbytes].clone().view(item.param.dtype)
+                item.param.copy_(values.view(item.param.shape))
+                at += nbytes
 
 
 def sibling_optimizer(like: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -383,12 +391,14 @@ def sibling_optimizer(like: torch.optim.Optimizer, groups: list[dict[str, Any]])
 
 
 def _flatten(params: Sequence[ExpertParam]) -> tuple[list[ExpertParam], list[tuple[int, int]]]:
-    """Orders an expert's parameters by param group; returns them and the (group, elements) of each run."""
-    ordered = sorted((item for item in params if item.param.numel()), key=lambda item: item.group)
-    segments: dict[int, int] = {}
-    for item in ordered:
-        segments[item.group] = segments.get(item.group, 0) + item.param.numel()
-    return ordered, list(segments.items())
+    """Orders an expert's trained parameters by param group; returns them and the (group, elements) of each run."""
+    members: dict[int, list[ExpertParam]] = {}
+    for item in params:
+        if item.group is not None and item.param.numel():
+            members.setdefault(item.group, []).append(item)
+    groups = sorted(members)
+    ordered = [item for group in groups for item in members[group]]
+    return ordered, [(group, sum(item.param.numel() for item in members[group])) for group in groups]
 
 
 def _adder(total: Tensor) -> Any:

@@ -46,6 +46,8 @@ class Setting:
     #: Ranks give their parameters to the optimizer in different orders.
     shuffled: bool = False
     client: bool = False
+    #: DeepSpeed's FusedAdam, which compiles a kernel.
+    fused: bool = False
     #: A schedule of torch's, which keeps lists with one entry per param group.
     decay: bool = False
     noise: str | None = None
@@ -235,7 +237,7 @@ def build(
         optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
         config["zero_allow_untested_optimizer"] = True
     else:
-        options = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": 0.05, "torch_adam": True}
+        options = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": 0.05, "torch_adam": not setting.fused}
         config["optimizer"] = {"type": "AdamW", "params": options}
     if plugin is not None:
         config["moc_checkpoint"] = {"save_mode": "durable", **plugin}
@@ -282,7 +284,7 @@ def train(engine: Any, steps: int, *, seed: int = 7) -> tuple[list[str], list[fl
         step = engine.global_steps
         lrs.append(engine.get_lr())
         for micro in range(engine.setting.gas):
-            loss = engine(*batch(step, micro, dist.get_rank(), seed))
+            loss = engine(*(tensor.to(engine.device) for tensor in batch(step, micro, dist.get_rank(), seed)))
             engine.backward(loss)
             engine.step()
             losses.append(float(loss.detach()).hex())
@@ -300,15 +302,21 @@ def rank_state(engine: Any) -> dict[str, dict[str, Any]]:
     for shard in engine.lazarus.replicas.shards():
         state = engine.lazarus.replicas.optimizer.state[shard.state_key]
         at = slice(shard.state_offset, shard.state_offset + shard.stop - shard.start)
-        pieces = {"master": shard.master.clone()}
-        pieces |= {kind: state[kind].view(-1)[at].clone() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+        pieces = {"master": shard.master.cpu().clone()}
+        pieces |= {kind: state[kind].view(-1)[at].cpu().clone() for kind in ("exp_avg", "exp_avg_sq") if kind in state}
         out[names[id(shard.param)]] = {
-            "weight": shard.param.detach().clone(),
+            "weight": shard.param.detach().cpu().clone(),
             "interval": (shard.start, shard.stop),
-            "step": float(state["step"]) if "step" in state else None,
+            "step": step_of(state, engine.lazarus.replicas.optimizer.param_groups[shard.group]),
             **pieces,
         }
     return out
+
+
+def step_of(state: dict[str, Any], group: dict[str, Any]) -> float | None:
+    """The step count, which FusedAdam keeps in the group."""
+    found = state.get("step", group.get("step"))
+    return None if found is None else float(found)
 
 
 def _named_globally(engine: Any) -> list[tuple[str, Any]]:
@@ -364,16 +372,16 @@ def whole_state(engine: Any, ctx: Any) -> dict[str, dict[str, Any]] | None:
     by_id = {id(param): name for name, param in _named_globally(engine)}
     mine = []
     for param, start, stop, master, tensors, scalars in oracle._pieces(engine):
-        pieces = {"master": master.clone(), **{kind: value.clone() for kind, value in tensors.items()}}
+        pieces = {"master": master.cpu().clone(), **{kind: value.cpu().clone() for kind, value in tensors.items()}}
         mine.append((by_id[id(param)], tuple(param.shape), start, stop, pieces, scalars))
     optimizer = engine.lazarus.replicas.optimizer
     for shard in engine.lazarus.replicas.shards():
         state, group = optimizer.state[shard.state_key], optimizer.param_groups[shard.group]
         at = slice(shard.state_offset, shard.state_offset + shard.stop - shard.start)
-        pieces = {"master": shard.master.clone()}
-        pieces |= {kind: state[kind].view(-1)[at].clone() for kind in ("exp_avg", "exp_avg_sq")}
+        pieces = {"master": shard.master.cpu().clone()}
+        pieces |= {kind: state[kind].view(-1)[at].cpu().clone() for kind in ("exp_avg", "exp_avg_sq")}
         hyper = {name: copy.deepcopy(value) for name, value in group.items() if name not in ("params", "step")}
-        scalars = {"step": float(state["step"]), "hyper": hyper}
+        scalars = {"step": step_of(state, group), "hyper": hyper}
         name, shape = by_id[id(shard.param)], tuple(shard.param.shape)
         mine.append((name, shape, shard.start, shard.stop, pieces, scalars))
     everyone = ctx.gather(mine)
@@ -384,7 +392,7 @@ def local_weights(engine: Any) -> dict[str, Any]:
     """This rank's weights and buffers by global name, copied."""
     names = global_names(engine.module, engine.setting)
     both = [*engine.module.named_parameters(), *engine.module.named_buffers()]
-    return {names[name]: tensor.detach().clone() for name, tensor in both}
+    return {names[name]: tensor.detach().cpu().clone() for name, tensor in both}
 
 
 def would_deadlock(orders: list[list[Any]]) -> bool:

@@ -22,7 +22,7 @@ def case_reference(ctx: Any, setting: Setting, steps: int) -> dict[str, Any]:
     losses, norms, lrs = tools.train(engine, steps)
     state = tools.expert_state(engine, ctx)
     everyone = ctx.gather([float.fromhex(x) for x in losses])
-    weights = dict(tools._named_globally(engine))
+    weights = {name: param.detach().cpu() for name, param in tools._named_globally(engine)}
     out: dict[str, Any] = {"norms": norms, "experts": len(state), "mine": losses}
     if ctx.rank == 0:
         reference = tools.Reference(setting, ctx.world)
@@ -119,23 +119,60 @@ def test_sharded_state_gives_the_bits_of_replicated_state(pool: Pool, dtype: str
 # ------------------------------------------------------------------------------ as DeepSpeed's own layer trains
 
 
-NATIVE = Setting(placements=None, ep=2, experts=4, clip=0.0)
+NATIVE = Setting(placements=None, ep=2, experts=4)
 #: The same model with replicas: 4 experts in 3 slots on each of 4 ranks.
 OURS = NATIVE.with_(
     placements=(((0, 1, 2), (1, 2, 3), (0, 3, 3), (0, 2, 3)), ((0, 1, 3), (0, 2, 3), (1, 1, 2), (0, 2, 3)))
 )
 
 
-def case_losses(ctx: Any, setting: Setting, steps: int) -> list[float]:
-    return [float.fromhex(x) for x in tools.train(tools.build(setting), steps)[0]]
+def case_losses(ctx: Any, setting: Setting, steps: int) -> tuple[list[float], list[float]]:
+    losses, norms, _ = tools.train(tools.build(setting), steps)
+    return [float.fromhex(x) for x in losses], norms
 
 
 @pytest.mark.parametrize("client", [False, True])
 def test_trains_as_deepspeeds_layer_does(pool: Pool, client: bool) -> None:
-    """Without clipping, for DeepSpeed averages the norms of experts' shares where it should add their squares."""
+    """The same losses, and the same norms, by which most steps are clipped."""
     native = pool.run(WORLD, case_losses, setting=NATIVE.with_(gas=2), steps=12)
     ours = pool.run(WORLD, case_losses, setting=OURS.with_(gas=2, client=client), steps=12)
-    assert max(abs(a - b) for x, y in zip(native, ours, strict=True) for a, b in zip(x, y, strict=True)) < 1e-4
+    for (losses, norms), (expected, expected_norms) in zip(ours, native, strict=True):
+        assert losses == pytest.approx(expected, abs=1e-4)
+        assert norms == pytest.approx(expected_norms, rel=1e-4)
+        assert sum(norm > NATIVE.clip for norm in norms) >= 6, "no step was clipped"
+
+
+def case_first_values(ctx: Any) -> list[str]:
+    """Every rank builds its model with values of its own."""
+    import torch
+
+    original = tools.build_model
+
+    def other(setting: Setting, seed: int) -> Any:
+        return original(setting, seed + ctx.rank)
+
+    tools.build_model = other
+    try:
+        engine = tools.build(Setting(dtype="bf16"))
+    finally:
+        tools.build_model = original
+    wrong = []
+    for name, tensor in tools.local_weights(engine).items():
+        _, mark, rest = name.partition(".deepspeed_experts.")
+        first = 0
+        if mark:
+            layer, expert = int(name.split(".")[1]), int(rest.split(".")[0])
+            first = min(rank for rank, slots in enumerate(tools.PLACEMENTS[layer]) if expert in slots)
+        expected = tools.initial(name, tuple(tensor.shape), 1 + first).to(torch.bfloat16)
+        if not oracle.bits_equal(tensor, expected):
+            wrong.append(name)
+    tools.expert_state(engine, ctx)
+    return wrong
+
+
+def test_all_copies_begin_at_the_first_holders_values(pool: Pool) -> None:
+    """Trained and frozen parameters; dense ones at those of rank 0, as always with DeepSpeed."""
+    assert pool.run(WORLD, case_first_values) == [[]] * WORLD
 
 
 # --------------------------------------------------------------------------------------- gradients that overflow

@@ -144,9 +144,8 @@ class Preparation:
                 layer.placement,
                 {
                     expert: [
-                        ExpertParam(inner, param, self._groups.group_of[id(param)])
+                        ExpertParam(inner, param, self._groups.group_of.get(id(param)) if param.requires_grad else None)
                         for inner, param in module.named_parameters()
-                        if param.requires_grad and param.numel()
                     ]
                     for expert, module in zip(
                         layer.expert_ids, layer.deepspeed_moe.experts.deepspeed_experts, strict=True
@@ -256,7 +255,7 @@ class EngineReplicas:
 
 _Signature = tuple[
     tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], tuple[int, ...], State],
-    dict[tuple[str, int], list[tuple[str, str, tuple[int, ...], int]]],
+    dict[tuple[str, int], list[tuple[str, str, tuple[int, ...], int | None]]],
 ]
 
 
