@@ -36,6 +36,7 @@ case "$step" in
     lazarus)
         status=0
         python3 -m pytest -q -s -p no:cacheprovider tests/gpu/test_lazarus.py || status=$?
+        python3 tests/gpu/run_lazarus.py --json "$out/lazarus_engine.json" >"$out/lazarus_engine.log" 2>&1 || status=$?
         python3 scripts/bench/moe_layer.py --json "$out/moe_layer.json"
         exit "$status"
         ;;

@@ -38,6 +38,11 @@ DEFAULTS: dict[str, Any] = {
     "moe_min_capacity": 4,
     "moe_loss_coeff": 0.01,
     "disable_moe_token_dropping": False,
+    "lazarus": False,
+    "lazarus_slots": None,
+    "lazarus_fault_threshold": 1,
+    "lazarus_loads": None,
+    "lazarus_optimizer_state": "replicated",
     "micro_batch_size": 4,
     "global_batch_size": None,
     "train_iters": 100,
@@ -194,6 +199,23 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "--moe-loss-coeff", "weight of the load-balancing loss", type=float)
     add(group, "--disable-moe-token-dropping", "unlimited expert capacity", action="store_true")
 
+    group = parser.add_argument_group("replicated experts (Lazarus)")
+    add(group, "--lazarus", "experts have replicas by load; no token is dropped", action="store_true")
+    add(group, "--lazarus-slots", "experts per rank and layer (default experts / expert-parallel size)", type=int)
+    add(group, "--lazarus-fault-threshold", "replicas that every expert has at least", type=int)
+    add(
+        group,
+        "--lazarus-loads",
+        "loads that replicas follow: numbers, a JSON file, or a directory of checkpoints (default even)",
+        metavar="LOADS",
+    )
+    add(
+        group,
+        "--lazarus-optimizer-state",
+        "every replica has all state of an expert, or they share it out",
+        choices=["replicated", "sharded"],
+    )
+
     group = parser.add_argument_group("training")
     add(group, "--micro-batch-size", "samples per rank and micro-step", type=int)
     add(group, "--global-batch-size", "samples per iteration (default micro batch x ranks)", type=int)
@@ -325,8 +347,27 @@ def validate(args: argparse.Namespace, world_size: int) -> None:
         args.max_position_embeddings = args.seq_length
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
+    if args.lazarus_slots is None:
+        args.lazarus_slots = max(1, args.num_experts // args.moe_expert_parallel_size)
     expert_ranks = args.moe_expert_parallel_size
+    lost = [
+        name for name in ("slots", "fault_threshold", "loads", "optimizer_state") if f"lazarus_{name}" in args.explicit
+    ]
+    slots = args.lazarus_slots * world_size
     problems = [
+        (lost and not args.lazarus, f"--lazarus-{'-'.join(lost[:1]).replace('_', '-')} needs --lazarus"),
+        (args.lazarus and args.num_experts < 2, "--lazarus needs --num-experts of 2 or more"),
+        (args.lazarus and not args.moc, "--lazarus is part of the plugin: leave out --no-moc"),
+        (args.lazarus and args.zero_stage not in (1, 2), "--lazarus needs --zero-stage 1 or 2"),
+        (args.lazarus and args.fp16, "--lazarus trains in bf16 or fp32, not with --fp16"),
+        (
+            args.lazarus and (args.lazarus_slots < 1 or slots < args.num_experts),
+            f"--lazarus-slots {args.lazarus_slots} x {world_size} ranks do not hold --num-experts {args.num_experts}",
+        ),
+        (
+            args.lazarus and not 1 <= args.lazarus_fault_threshold <= world_size,
+            f"--lazarus-fault-threshold {args.lazarus_fault_threshold} must be between 1 and the {world_size} ranks",
+        ),
         (args.bf16 and args.fp16, "--bf16 and --fp16 exclude each other"),
         (
             args.hidden_size % args.num_attention_heads,

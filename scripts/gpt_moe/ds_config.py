@@ -113,6 +113,8 @@ def build_ds_config(args: argparse.Namespace, file_config: Mapping[str, Any]) ->
         config["bf16"] = {"enabled": True}
     if args.fp16:
         config["fp16"] = {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 500}
+    if args.lazarus:
+        config["lazarus"] = {"optimizer_state": args.lazarus_optimizer_state}
     conflicts: list[str] = []
     if args.moc:
         section = {"enabled": True, **(args.moc_checkpoint or {})}

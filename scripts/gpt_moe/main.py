@@ -95,10 +95,13 @@ def _build_engine(args: argparse.Namespace, ds_config: dict[str, Any], runtime: 
             config=ds_config,
         )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    experts = f"EP {args.moe_expert_parallel_size}"
+    if args.lazarus:
+        experts = f"{args.lazarus_slots} expert slots per rank ({args.lazarus_optimizer_state} state)"
     description = (
         f" model: {args.num_layers} layers, hidden {args.hidden_size}, {len(moe_layers(model))} MoE layers x "
         f"{args.num_experts} experts, {total:,} parameters ({in_experts:,} in experts)\n"
-        f" run: {runtime.world_size} ranks on {runtime.device.type}, EP {args.moe_expert_parallel_size}, "
+        f" run: {runtime.world_size} ranks on {runtime.device.type}, {experts}, "
         f"ZeRO-{args.zero_stage}, {precision}, {optimizer_name}, global batch {args.global_batch_size} = "
         f"{args.micro_batch_size} x {runtime.world_size} ranks x {args.gradient_accumulation_steps}, checkpoints by "
         f"{'moc_ckpt' if getattr(engine, 'moc', None) is not None else 'DeepSpeed'}"

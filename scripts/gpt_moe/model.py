@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel with DeepSpeed's MoE layer in every n-th transformer layer.
+"""megatron-core's GPTModel with DeepSpeed's MoE layer, or one with replicated experts, in every n-th transformer layer.
 
 Initial weights are a function of (seed, parameter name with the global expert number): every expert starts
 differently (DeepSpeed copies one expert for all), and the same model starts the same at any world size.
@@ -27,7 +27,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["ExpertMlp", "MoeMlp", "TorchAttention", "build_model", "moe_layers", "parameter_counts"]
+__all__ = ["ExpertMlp", "MoeInterface", "MoeMlp", "TorchAttention", "build_model", "moe_layers", "parameter_counts"]
 
 _LOCAL_EXPERT = re.compile(r"(?<=\.deepspeed_experts\.)\d+(?=\.)")
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -90,12 +90,43 @@ def _drop_extra_state(module: torch.nn.Module, state: dict[str, Any], prefix: st
         del state[key]
 
 
-class MoeMlp(MoE):
-    """DeepSpeed's MoE with the interface of a megatron-core MLP.
+class MoeInterface:
+    """What an MoE layer needs beside its own forward to be a megatron-core MLP; comes before the layer's class.
 
     Attributes:
         token_counts: tokens routed to each expert since `take_counts` (this rank, before capacity drops).
+        aux_loss: the load-balancing loss of the last forward pass, of this rank's tokens.
+        expert_ids: global ids of the local experts, in their order.
+        num_local_experts: how many they are.
     """
+
+    token_counts: torch.Tensor | None = None
+    aux_loss: torch.Tensor
+    expert_ids: tuple[int, ...]
+    num_local_experts: int
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """Route, apply the experts, and remember the token counts.
+
+        Args:
+            hidden_states: [sequence, batch, hidden].
+
+        Returns:
+            The output, and no bias.
+        """
+        output, self.aux_loss, counts = super().forward(hidden_states)  # type: ignore[misc]
+        if self.training:  # type: ignore[attr-defined]
+            self.token_counts = counts.clone() if self.token_counts is None else self.token_counts + counts
+        return output, None
+
+    def take_counts(self) -> torch.Tensor | None:
+        """Return the token counts since the last call, and start again at zero."""
+        counts, self.token_counts = self.token_counts, None
+        return counts
+
+
+class MoeMlp(MoeInterface, MoE):
+    """DeepSpeed's MoE with the interface of a megatron-core MLP."""
 
     def __init__(self, config: TransformerConfig, args: argparse.Namespace) -> None:
         super().__init__(
@@ -109,26 +140,6 @@ class MoeMlp(MoE):
             min_capacity=args.moe_min_capacity,
             drop_tokens=not args.disable_moe_token_dropping,
         )
-        self.token_counts: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """Route, apply the experts, and remember the token counts.
-
-        Args:
-            hidden_states: [sequence, batch, hidden].
-
-        Returns:
-            The output, and no bias.
-        """
-        output, _aux_loss, counts = super().forward(hidden_states)
-        if self.training:
-            self.token_counts = counts.clone() if self.token_counts is None else self.token_counts + counts
-        return output, None
-
-    def take_counts(self) -> torch.Tensor | None:
-        """Return the token counts since the last call, and start again at zero."""
-        counts, self.token_counts = self.token_counts, None
-        return counts
 
 
 def build_model(args: argparse.Namespace, vocab_size: int, device: torch.device, swap_groups: bool) -> GPTModel:
@@ -157,12 +168,14 @@ def build_model(args: argparse.Namespace, vocab_size: int, device: torch.device,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
     )
+    numbers = [n for n in range(1, args.num_layers + 1) if args.num_experts > 1 and n % args.expert_interval == 0]
+    moe = iter(_moe_specs(args, len(numbers)))
     layers = []
     for number in range(1, args.num_layers + 1):
         layer = get_gpt_layer_local_spec()
         layer.submodules.self_attention.submodules.core_attention = TorchAttention
-        if args.num_experts > 1 and number % args.expert_interval == 0:
-            layer.submodules.mlp = ModuleSpec(module=MoeMlp, params={"args": args})
+        if number in numbers:
+            layer.submodules.mlp = next(moe)
         layers.append(layer)
     model = GPTModel(
         config,
@@ -172,26 +185,39 @@ def build_model(args: argparse.Namespace, vocab_size: int, device: torch.device,
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     ).to(device)
-    name = f"ep_size_{args.moe_expert_parallel_size}"
-    first_expert = 0
-    if args.num_experts > 1:
+    if args.num_experts > 1 and not args.lazarus:
+        name = f"ep_size_{args.moe_expert_parallel_size}"
         if name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 args.moe_expert_parallel_size, use_data_before_expert_parallel_=swap_groups
             )
-        local_experts = args.num_experts // args.moe_expert_parallel_size
-        first_expert = groups._get_expert_parallel_rank(name) * local_experts
-    _initialise(model, args, first_expert)
+        local = args.num_experts // args.moe_expert_parallel_size
+        first = groups._get_expert_parallel_rank(name) * local
+        for module in moe_layers(model):
+            module.expert_ids = tuple(range(first, first + local))
+    _initialise(model, args)
     return model
 
 
-def moe_layers(model: torch.nn.Module) -> list[MoeMlp]:
-    """Return the MoE layers, in order.
+def _moe_specs(args: argparse.Namespace, count: int) -> list[ModuleSpec]:
+    """Return what makes each MoE layer."""
+    if not args.lazarus:
+        return [ModuleSpec(module=MoeMlp, params={"args": args})] * count
+    from gpt_moe.lazarus import ReplicatedMoeMlp, place_experts
+
+    return [
+        ModuleSpec(module=ReplicatedMoeMlp, params={"args": args, "layer": layer, "placement": placement})
+        for layer, placement in enumerate(place_experts(args, count))
+    ]
+
+
+def moe_layers(model: torch.nn.Module) -> list[Any]:
+    """Return the MoE layers (`MoeInterface`), in order; each has the global `expert_ids` of its local experts.
 
     Args:
         model: the GPTModel.
     """
-    return [module for module in model.modules() if isinstance(module, MoeMlp)]
+    return [module for module in model.modules() if isinstance(module, MoeInterface)]
 
 
 def parameter_counts(model: torch.nn.Module, num_experts: int) -> tuple[int, int]:
@@ -201,25 +227,29 @@ def parameter_counts(model: torch.nn.Module, num_experts: int) -> tuple[int, int
         model: the GPTModel.
         num_experts: experts per layer over all ranks.
     """
-    dense = experts = 0
-    for parameter in model.parameters():
-        if getattr(parameter, "allreduce", True):
-            dense += parameter.numel()
-        else:
-            experts += parameter.numel()
-    layers = moe_layers(model)
-    if layers:
-        experts = experts // layers[0].num_local_experts * num_experts
+    dense = sum(parameter.numel() for parameter in model.parameters() if getattr(parameter, "allreduce", True))
+    experts = 0
+    for layer in moe_layers(model):
+        local = sum(p.numel() for p in layer.parameters() if not getattr(p, "allreduce", True))
+        experts += local // layer.num_local_experts * num_experts
     return dense + experts, experts
 
 
 @torch.no_grad()
-def _initialise(model: torch.nn.Module, args: argparse.Namespace, first_expert: int) -> None:
+def _initialise(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    ids = {
+        f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{local}": str(expert)
+        for prefix, module in model.named_modules()
+        if isinstance(module, MoeInterface)
+        for local, expert in enumerate(module.expert_ids)
+    }
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # norms one, biases zero
             continue
-        name = _LOCAL_EXPERT.sub(lambda match: str(first_expert + int(match.group())), name)
+        local = _LOCAL_EXPERT.search(name)
+        if local:
+            name = name[: local.start()] + ids[name[: local.end()]] + name[local.end() :]
         digest = hashlib.blake2b(f"{args.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator(device=parameter.device)
         generator.manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -28,12 +28,13 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     for parameter in model.parameters():
         if parameter.requires_grad:
             (vectors if parameter.dim() < 2 else matrices).append(parameter)
-    return split_params_into_different_moe_groups_for_optimizer(
-        [
-            {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
-            {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
-        ]
-    )
+    both = [
+        {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
+        {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    # Replicated experts are taken out when the engine is built.
+    replicated = any(getattr(parameter, "lazarus", False) for parameter in model.parameters())
+    return both if replicated else split_params_into_different_moe_groups_for_optimizer(both)
 
 
 def build_optimizer(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt_moe.data import TokenStream, rank_indices
-from gpt_moe.model import MoeMlp
+from gpt_moe.model import MoeInterface
 from gpt_moe.progress import Progress, save_checkpoint
 from gpt_moe.report import LossLog, Reporter
 from gpt_moe.runtime import Runtime, preserved_rng
@@ -38,7 +38,7 @@ class Trainer:
         runtime: Runtime,
         progress: Progress,
         streams: tuple[TokenStream, TokenStream],
-        layers: list[MoeMlp],
+        layers: list[MoeInterface],
     ) -> None:
         self._engine = engine
         self._args = args
@@ -111,7 +111,7 @@ class Trainer:
         loss = self._engine(inputs, self._positions.expand_as(inputs), None, labels=labels).float().mean()
         moe_loss = torch.zeros_like(loss)
         for layer in self._layers:
-            moe_loss = moe_loss + layer.deepspeed_moe.l_aux.float()
+            moe_loss = moe_loss + layer.aux_loss.float()
         return loss, moe_loss
 
     @torch.no_grad()

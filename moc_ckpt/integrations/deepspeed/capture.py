@@ -97,15 +97,15 @@ class StateReader:
         Microseconds per tensor: under ZeRO there are a few flat partitions.
         """
         found: list[int] = []
-        optimizer = self._view.optimizer
-        for group in optimizer.param_groups:
-            for key in group["params"]:
-                found.append(key.data_ptr())
-                found += [
-                    value.data_ptr()
-                    for value in self._view.state_of(key).values()
-                    if isinstance(value, torch.Tensor) and value.dim()
-                ]
+        for optimizer in self._view.optimizers:
+            for group in optimizer.param_groups:
+                for key in group["params"]:
+                    found.append(key.data_ptr())
+                    found += [
+                        value.data_ptr()
+                        for value in optimizer.state.get(key, {}).values()
+                        if isinstance(value, torch.Tensor) and value.dim()
+                    ]
         found += [tensor.data_ptr() for tensor in self._stored]
         return tuple(found)
 

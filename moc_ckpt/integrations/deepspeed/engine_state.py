@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moc_ckpt.errors import ModelMismatchError
@@ -10,6 +10,7 @@ from moc_ckpt.errors import ModelMismatchError
 __all__ = [
     "capture_engine",
     "check_schedulers",
+    "regrouped",
     "restore_counters",
     "restore_loss_scaler",
     "restore_schedulers",
@@ -81,6 +82,8 @@ def check_schedulers(engine: Any, state: dict[str, Any], *, lr: bool) -> None:
             "the checkpoint has no learning-rate scheduler, but this run has one",
             fix="pass load_lr_scheduler_states=False, or configure no scheduler",
         )
+    if lr and _has_scheduler(engine):
+        _regrouped(engine, state)
 
 
 def _has_scheduler(engine: Any) -> bool:
@@ -90,11 +93,53 @@ def _has_scheduler(engine: Any) -> bool:
 def restore_schedulers(engine: Any, state: dict[str, Any], *, lr: bool) -> None:
     """Restores the learning-rate scheduler (if asked for), random-LTD and the curriculum's data sampler."""
     if lr and _has_scheduler(engine):
-        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        engine.lr_scheduler.load_state_dict(_regrouped(engine, state))
     if "random_ltd" in state and engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
         engine.random_ltd_scheduler.load_state_dict(state["random_ltd"])
     if "data_sampler" in state and engine.training_dataloader is not None and engine.curriculum_learning_enabled():
         engine.training_dataloader.data_sampler.load_state_dict(state["data_sampler"])
+
+
+def _regrouped(engine: Any, state: dict[str, Any]) -> dict[str, Any]:
+    groups = getattr(getattr(engine.lr_scheduler, "optimizer", None), "param_groups", None)
+    saved = state["lr_scheduler"]
+    return saved if groups is None else regrouped(saved, groups)
+
+
+def regrouped(saved: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns a torch scheduler's state for another number of param groups than it was saved with.
+
+    DeepSpeed's MoE keeps experts in groups of their own, replicated experts go with the dense ones. Learning rates are
+    in the (restored) groups anyway; what else a scheduler keeps per group must be the same for all of them.
+
+    Args:
+        saved: what `state_dict` returned.
+        groups: the param groups now, restored.
+
+    Raises:
+        ModelMismatchError: naming what cannot be regrouped.
+    """
+    count = len(saved["base_lrs"]) if isinstance(saved.get("base_lrs"), list) else len(groups)
+    if count == len(groups):
+        return saved
+    found = dict(saved)
+    for name, value in saved.items():
+        if not isinstance(value, list) or len(value) != count:
+            continue
+        if name == "base_lrs":
+            found[name] = [group.get("initial_lr", group["lr"]) for group in groups]
+        elif name == "_last_lr":
+            found[name] = [group["lr"] for group in groups]
+        elif all(item == value[0] for item in value):
+            found[name] = value[:1] * len(groups)
+        else:
+            raise ModelMismatchError(
+                f"the learning-rate scheduler has another {name} for each of {count} param groups; now there are "
+                f"{len(groups)}",
+                fix="group the parameters as in the run that saved the checkpoint, or pass "
+                "load_lr_scheduler_states=False",
+            )
+    return found
 
 
 def _scalers(engine: Any) -> Iterator[Any]:

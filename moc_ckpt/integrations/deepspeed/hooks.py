@@ -1,11 +1,13 @@
 """Hooks into DeepSpeedEngine: five methods are wrapped, nothing else changes.
 
-An engine whose ds_config lacks the key, or says `enabled: false`, runs DeepSpeed's own code.
+An engine whose ds_config lacks the key, or says `enabled: false`, runs DeepSpeed's own code, except that experts with
+replicas (LazarusMoE) are trained as `lazarus` has it.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Mapping
@@ -35,15 +37,23 @@ def install(module: ModuleType) -> None:
 
 def _wrap_init(engine_class: type) -> None:
     original = engine_class.__init__  # type: ignore[misc]
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         settings = _settings(args, kwargs)
         config = find_config(settings)
-        self.moc = None
+        self.moc = self.lazarus = None
         if config.enabled:
             _preflight(engine_class, self, settings)
-        original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        prepared = _prepare_replicas(bound.arguments, settings)
+        if prepared is None:
+            original(self, *args, **kwargs)
+        else:
+            with prepared.building():
+                original(*bound.args, **bound.kwargs)
+            self.lazarus = prepared.attach(self)
         if config.enabled:
             self.moc = _attach(self, config)
 
@@ -56,7 +66,15 @@ def _wrap_method(engine_class: type, name: str, ours: str) -> None:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         moc = getattr(self, "moc", None)
-        return original(self, *args, **kwargs) if moc is None else getattr(moc, ours)(*args, **kwargs)
+        if moc is not None:
+            return getattr(moc, ours)(*args, **kwargs)
+        if getattr(self, "lazarus", None) is not None:
+            raise UnsupportedError(
+                "DeepSpeed's own checkpoints do not know experts with replicas",
+                where=f"engine.{name}",
+                fix='set "moc_checkpoint": {"enabled": true}',
+            )
+        return original(self, *args, **kwargs)
 
     setattr(engine_class, name, method)
 
@@ -66,11 +84,13 @@ def _wrap_step(engine_class: type) -> None:
 
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        moc = getattr(self, "moc", None)
+        moc, lazarus = getattr(self, "moc", None), getattr(self, "lazarus", None)
         if moc is None:
             return original(self, *args, **kwargs)
         steps, skipped = self.global_steps, self.skipped_steps
         result = original(self, *args, **kwargs)
+        if lazarus is not None:
+            lazarus.follow()  # a snapshot has the options as schedules left them
         if self.global_steps != steps:
             moc.step_done(skipped=self.skipped_steps != skipped)
         return result
@@ -83,9 +103,9 @@ def _wrap_destroy(engine_class: type) -> None:
 
     @functools.wraps(original)
     def destroy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        moc = getattr(self, "moc", None)
-        if moc is not None:
-            moc.close()
+        for part in (getattr(self, "moc", None), getattr(self, "lazarus", None)):
+            if part is not None:
+                part.close()
         return original(self, *args, **kwargs)
 
     engine_class.destroy = destroy  # type: ignore[attr-defined]
@@ -114,6 +134,16 @@ def _preflight(engine_class: type, engine: Any, settings: Mapping[str, Any]) -> 
             where=f"engine class {type(engine).__name__}",
             fix='set "moc_checkpoint": {"enabled": false}, or train without pipeline stages',
         )
+
+
+def _prepare_replicas(arguments: dict[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Returns what a model with replicas needs; None for one without."""
+    # A model that has such layers has imported them.
+    if "moc_ckpt.lazarus.layer" not in sys.modules:
+        return None
+    from moc_ckpt.integrations.deepspeed.lazarus import prepare
+
+    return prepare(arguments, settings)
 
 
 def _attach(engine: Any, config: MocConfig) -> Any:

@@ -7,7 +7,7 @@ flat group, not `_hp_mapping`, which is wrong for round-robin gradients and unli
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,29 @@ from moc_ckpt.errors import UnsupportedError
 from moc_ckpt.state.catalog import ParamShard, StateGroup, WeightTensor
 from moc_ckpt.state.unit import EXPERTS_MARK, MoELayer
 
-__all__ = ["ModelNames", "base_optimizer", "find_layers", "model_weights", "param_shards", "state_groups"]
+__all__ = [
+    "HeldExperts",
+    "ModelNames",
+    "base_optimizer",
+    "find_layers",
+    "model_weights",
+    "param_shards",
+    "state_groups",
+]
+
+
+class HeldExperts(NamedTuple):
+    """The experts of one MoE layer that this rank holds.
+
+    Attributes:
+        experts: global ids of its expert modules, in their order.
+        holders: for each of them the ranks that hold the same expert, ascending.
+        ep_size: the layer's expert-parallel size; None for a layer with replicas, which has none.
+    """
+
+    experts: tuple[int, ...]
+    holders: tuple[tuple[int, ...], ...]
+    ep_size: int | None
 
 
 class ModelNames:
@@ -38,26 +60,23 @@ class ModelNames:
         if not mark:
             return name
         index, _, tail = rest.partition(".")
-        first, _ = self._locals[prefix]
-        return f"{prefix}{mark}{first + int(index)}.{tail}"
+        return f"{prefix}{mark}{self._locals[prefix].experts[int(index)]}.{tail}"
 
     def localise(self, fqn: str) -> str | None:
-        """Returns the module's own name of a global one; None for an expert of another rank.
+        """Returns the module's own name of a global one; None for an expert that only other ranks hold.
 
         Names of layers that this model does not have come back unchanged.
         """
         prefix, mark, rest = fqn.partition(EXPERTS_MARK)
         if not mark or prefix not in self._locals:
             return fqn
-        index, _, tail = rest.partition(".")
-        first, replicas = self._locals[prefix]
-        count = next(layer.num_experts for layer in self.layers if layer.prefix == prefix)
-        local = count * len(replicas) // len(self._world)
-        return f"{prefix}{mark}{int(index) - first}.{tail}" if first <= int(index) < first + local else None
+        expert, _, tail = rest.partition(".")
+        experts = self._locals[prefix].experts
+        return f"{prefix}{mark}{experts.index(int(expert))}.{tail}" if int(expert) in experts else None
 
-    def expert_replicas(self, prefix: str) -> tuple[int, ...]:
-        """Returns the ranks of this rank's expert-data-parallel group in the MoE layer at `prefix`."""
-        return self._locals[prefix][1]
+    def expert_parallel(self) -> dict[str, int]:
+        """Returns the expert-parallel size by prefix of the MoE layer, of those that have one."""
+        return {prefix: held.ep_size for prefix, held in self._locals.items() if held.ep_size is not None}
 
     def of(self, param: torch.Tensor) -> str:
         """Returns the full name of a parameter of the model.
@@ -75,31 +94,47 @@ class ModelNames:
         return name
 
     def replicas(self, fqn: str) -> tuple[int, ...]:
-        """Returns the global ranks that hold the whole tensor, ascending."""
-        prefix, mark, _ = fqn.partition(EXPERTS_MARK)
-        return self._locals[prefix][1] if mark else self._world
+        """Returns the global ranks that hold the whole tensor of this rank's model, ascending.
+
+        Args:
+            fqn: its full name with global expert id.
+        """
+        prefix, mark, rest = fqn.partition(EXPERTS_MARK)
+        if not mark:
+            return self._world
+        held = self._locals[prefix]
+        return held.holders[held.experts.index(int(rest.partition(".")[0]))]
 
 
-def find_layers(engine: Any) -> tuple[tuple[MoELayer, ...], dict[str, tuple[int, tuple[int, ...]]]]:
-    """Finds the MoE layers.
+def find_layers(engine: Any) -> tuple[tuple[MoELayer, ...], dict[str, HeldExperts]]:
+    """Finds the MoE layers: DeepSpeed's, and those with replicas (LazarusMoE).
 
     Returns:
-        The layers in named_modules order, and per layer prefix this rank's first global expert id and
-        the ranks of its expert-data-parallel group (ascending).
+        The layers in named_modules order, and per layer prefix what this rank holds of it.
     """
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
 
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
     layers: list[MoELayer] = []
-    local: dict[str, tuple[int, tuple[int, ...]]] = {}
+    local: dict[str, HeldExperts] = {}
     for name, module in engine.module.named_modules():
-        if not isinstance(module, MoE):
+        if isinstance(module, LazarusMoE):
+            ids = tuple(module.expert_ids)
+            local[name] = HeldExperts(ids, tuple(module.placement.holders(expert) for expert in ids), None)
+        elif isinstance(module, MoE):
+            # The group is asked for its ranks: strides differ with the order of data and expert parallelism.
+            count = module.num_local_experts
+            first = groups._get_expert_parallel_rank(module.expert_group_name) * count
+            ranks = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(module.expert_group_name))
+            holders = tuple(sorted(ranks))
+            local[name] = HeldExperts(
+                tuple(range(first, first + count)), (holders,) * count, dist.get_world_size() // len(holders)
+            )
+        else:
             continue
         layers.append(MoELayer(len(layers), name, module.num_experts))
-        # The group is asked for its ranks: strides differ with the order of data and expert parallelism.
-        first = groups._get_expert_parallel_rank(module.expert_group_name) * module.num_local_experts
-        ranks = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(module.expert_group_name))
-        local[name] = (first, tuple(sorted(ranks)))
     return tuple(layers), local
 
 
@@ -111,8 +146,11 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def state_groups(engine: Any) -> tuple[StateGroup, ...]:
-    """Returns the param groups of the optimizer that does the update, live."""
-    return tuple(StateGroup(group, tuple(group["params"])) for group in base_optimizer(engine).param_groups)
+    """Returns the param groups of the optimizers that do the update, live: DeepSpeed's, then that of replicas."""
+    groups = list(base_optimizer(engine).param_groups)
+    if engine.lazarus is not None:
+        groups += engine.lazarus.replicas.optimizer.param_groups
+    return tuple(StateGroup(group, tuple(group["params"])) for group in groups)
 
 
 def param_shards(engine: Any, names: ModelNames) -> list[ParamShard]:
@@ -137,27 +175,31 @@ def param_shards(engine: Any, names: ModelNames) -> list[ParamShard]:
                 fix=f"known: {', '.join(readers)} and plain torch optimizers",
             )
         reader = _raw
-    return list(reader(engine, names))
+    return [*reader(engine, names), *_replicas(engine, names)]
 
 
 def model_weights(engine: Any, names: ModelNames) -> list[WeightTensor]:
     """Returns what no optimizer holds: frozen and empty parameters, and persistent buffers."""
     optimised = _optimised_ids(engine)
     found = [
-        WeightTensor(names.globalise(name), param, False, names.replicas(name))
+        WeightTensor(names.globalise(name), param, False, names.replicas(names.globalise(name)))
         for name, param in engine.module.named_parameters()
         if id(param) not in optimised
     ]
     for prefix, module in engine.module.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                fqn = f"{prefix}.{name}" if prefix else name
-                found.append(WeightTensor(names.globalise(fqn), buffer, True, names.replicas(fqn)))
+                fqn = names.globalise(f"{prefix}.{name}" if prefix else name)
+                found.append(WeightTensor(fqn, buffer, True, names.replicas(fqn)))
     return found
 
 
 def _optimised_ids(engine: Any) -> set[int]:
-    wrapper = engine.optimizer
+    found = set() if engine.lazarus is None else {id(shard.param) for shard in engine.lazarus.replicas.shards()}
+    return found | _deepspeed_ids(engine.optimizer)
+
+
+def _deepspeed_ids(wrapper: Any) -> set[int]:
     for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(wrapper, attribute):
             # A frozen one that a wrapper lists (as older versions do) has a master, and weight decay changes it.
@@ -253,6 +295,15 @@ def _raw(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
         for param in options["params"]:
             if _trains(param):
                 yield _whole(names, param, _flat_view(names.of(param), param), group, param, 0)
+
+
+def _replicas(engine: Any, names: ModelNames) -> Iterator[ParamShard]:
+    if engine.lazarus is None:
+        return
+    first = len(base_optimizer(engine).param_groups)
+    for shard in engine.lazarus.replicas.shards():
+        fields = shard._asdict()
+        yield ParamShard(fqn=names.of(shard.param), **{**fields, "group": first + shard.group})
 
 
 def _whole(

@@ -71,7 +71,8 @@ class NativeRecord:
 def describe(view: EngineView) -> bytes:
     """Returns the record of an engine, encoded. Not collective; only rank 0's is stored."""
     engine, wrapper = view.engine, view.engine.optimizer
-    kind = type(wrapper).__name__
+    # Replicas have an optimizer of their own, of which DeepSpeed's files know nothing.
+    kind = type(wrapper).__name__ if engine.lazarus is None else "LazarusMoE"
     if kind != WRAPPER:
         return NativeRecord(kind).encode()
     first = {id(param): name for name, param in engine.module.named_parameters()}

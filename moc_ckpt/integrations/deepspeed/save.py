@@ -307,13 +307,10 @@ def topology(moc: MocCheckpoint) -> Topology:
 
     engine = moc.engine
     precision = "bfloat16" if engine.bfloat16_enabled() else "float16" if engine.fp16_enabled() else "float32"
-    names = moc.view.names
     return Topology(
         world=moc.comm.world,
         zero_stage=int(engine.zero_optimization_stage()),
-        expert_parallel={
-            layer.prefix: moc.comm.world // len(names.expert_replicas(layer.prefix)) for layer in names.layers
-        },
+        expert_parallel=moc.view.names.expert_parallel(),
         precision=precision,
         versions={"moc_ckpt": moc.version, "deepspeed": deepspeed.__version__, "torch": str(torch.__version__)},
     )

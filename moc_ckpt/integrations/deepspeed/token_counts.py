@@ -116,7 +116,8 @@ class TokenCounter:
         layers: all its MoE layers, in the order of their ordinals.
 
     Raises:
-        UnsupportedError: if a layer is not DeepSpeed's MoE with its TopKGate; no hook is installed then.
+        UnsupportedError: if a layer is neither LazarusMoE nor DeepSpeed's MoE with its TopKGate; no hook is installed
+            then.
     """
 
     def __init__(self, engine: Any, layers: Sequence[MoELayer]) -> None:
@@ -317,10 +318,14 @@ def _find_gate(model: torch.nn.Module, layer: MoELayer) -> torch.nn.Module:
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.sharded_moe import TopKGate
 
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
     try:
         module = model.get_submodule(layer.prefix)
     except AttributeError:
         module = None
+    if isinstance(module, LazarusMoE):
+        return module.deepspeed_moe  # its last output, too, is the counts
     gate = module.deepspeed_moe.gate if isinstance(module, MoE) else None
     if not isinstance(gate, TopKGate):
         found = "is no deepspeed.moe.layer.MoE" if gate is None else f"routes with a {type(gate).__name__}"
@@ -338,7 +343,7 @@ def _limit(gate: Any, output: Any) -> tuple[int | None, torch.Tensor | None]:
     Returns:
         The capacity on the host (None: nothing is dropped), or the tokens that each expert kept, int64 [experts].
     """
-    if not gate.drop_tokens:
+    if not getattr(gate, "drop_tokens", False):  # LazarusMoE drops none
         return None, None
     second = output[1]
     if not isinstance(second, torch.Tensor):

@@ -26,22 +26,37 @@ class EngineView:
 
     Args:
         engine: the engine; its optimizer gets zero moments where it has none yet.
+
+    Attributes:
+        engine: the engine.
+        names: its names.
+        optimizer: DeepSpeed's, that does the update.
+        optimizers: all that do: DeepSpeed's, and that of experts with replicas.
     """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.names = ModelNames(engine)
         self.optimizer = base_optimizer(engine)
-        materialise_state(self.optimizer)
+        replicas = [] if engine.lazarus is None else [engine.lazarus.replicas.optimizer]
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (self.optimizer, *replicas)
+        self._materialise()
+
+    def _materialise(self) -> None:
+        for optimizer in self.optimizers:
+            materialise_state(optimizer)
 
     def state_of(self, key: torch.Tensor) -> dict[str, Any]:
-        """Returns the optimizer's live state under a key; empty if it has none."""
-        return self.optimizer.state.get(key, {})
+        """Returns the live state of the optimizer that has a key; empty if none has."""
+        for optimizer in self.optimizers:
+            if key in optimizer.state:
+                return optimizer.state[key]
+        return {}
 
     def catalog(self, rank: int, stored_weights: Iterable[str] = ()) -> Catalog:
         """Builds the catalog from the live tensors; cheap enough to do for every save and load."""
         # DeepSpeed's own load_checkpoint and offload_states replace tensors, so views are never kept.
-        materialise_state(self.optimizer)
+        self._materialise()
         return build_catalog(
             rank=rank,
             shards=param_shards(self.engine, self.names),
@@ -85,6 +100,8 @@ class EngineView:
 
     def derive_weights(self) -> None:
         """Casts the masters into the model's weights; collective under ZeRO, which gathers the partitions."""
+        if self.engine.lazarus is not None:
+            self.engine.lazarus.replicas.derive_weights()
         if self.partitioned:
             self.engine.optimizer.update_lp_params()
             return
