@@ -69,6 +69,13 @@ def test_launchers_spell_the_local_rank_differently():
         (["--no-moc", "--moc-checkpoint", "{}", "--moc-checkpoint", '{"k_persist": 1}'], "--moc-checkpoint"),
         (["--tokenizer-type", "null", "--data-path", "x"], "--vocab-size"),
         (["--tokenizer-type", "null", "--vocab-size", "9"], "--data-path"),
+        (["--lazarus-slots", "3"], "--lazarus-slots needs --lazarus"),
+        (["--lazarus", "--no-moc"], "--no-moc"),
+        (["--lazarus", "--fp16"], "bf16 or fp32"),
+        (["--lazarus", "--zero-stage", "0"], "--zero-stage 1 or 2"),
+        (["--lazarus", "--num-experts", "1"], "--num-experts of 2"),
+        (["--lazarus", "--lazarus-slots", "1"], "x 4 ranks do not hold --num-experts 8"),
+        (["--lazarus", "--lazarus-fault-threshold", "5"], "between 1 and the 4 ranks"),
     ],
 )
 def test_contradictions_are_named(argv, words):
@@ -88,6 +95,13 @@ def test_moc_checkpoint_wants_a_json_object(text, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--moc-checkpoint", text])
     assert "JSON" in capsys.readouterr().err
+
+
+def test_replicated_experts_by_default_have_deepspeeds_number_of_slots():
+    args, config, _ = settle(["--lazarus", "--moe-expert-parallel-size", "2", "--lazarus-optimizer-state", "sharded"])
+    assert args.lazarus_slots == 4
+    assert config["lazarus"] == {"optimizer_state": "sharded"}
+    assert "lazarus" not in settle([])[1]
 
 
 def test_the_plugin_is_on_unless_told_otherwise():
