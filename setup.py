@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "moto[server]>=5",
             "hypothesis>=6.100",
             "safetensors>=0.4.3",

@@ -18,5 +18,11 @@ step "docs are generated from the code"
 python scripts/docs/configuration.py --check
 python scripts/docs/pec_tables.py --check
 python scripts/docs/patches.py --check
-step "pytest"
-python -m pytest "$@"
+if [ "$#" -gt 0 ]; then
+    step "pytest"
+    exec python -m pytest "$@"
+fi
+step "pytest: unit tests, on all cores"
+python -m pytest -n auto tests/unit
+step "pytest: tests that start processes, one after the other"
+python -m pytest tests/distributed tests/faults tests/gpu tests/mds

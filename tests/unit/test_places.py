@@ -4,6 +4,8 @@ import os
 import re
 import socket
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,11 @@ SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,39}")
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOC_SHM_DIR", str(tmp_path))
-    return tmp_path
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a short name: sockets lie below, and their paths may not be long."""
+    with tempfile.TemporaryDirectory(prefix="moc_") as folder:
+        monkeypatch.setenv("MOC_SHM_DIR", folder)
+        yield Path(folder)
 
 
 def top(base: Path) -> Path:
