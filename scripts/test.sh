@@ -22,7 +22,9 @@ if [ "$#" -gt 0 ]; then
     step "pytest"
     exec python -m pytest "$@"
 fi
+status=0
 step "pytest: unit tests, on all cores"
-python -m pytest -n auto tests/unit
+python -m pytest -n auto tests/unit || status=$?
 step "pytest: tests that start processes, one after the other"
-python -m pytest tests/distributed tests/faults tests/gpu tests/mds
+python -m pytest tests/distributed tests/faults tests/gpu tests/mds || status=$?
+exit "$status"
