@@ -266,19 +266,20 @@ def _runs(pid: int) -> bool:
 
 def show(console: Console, results: Sequence[Result]) -> None:
     """Prints what became of the run."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in (
         "drill",
         "killed",
         "was at",
-        "in memory",
-        "on storage",
-        "went on from",
-        "lost steps",
+        "memory",
+        "storage",
+        "back at",
+        "lost",
         "read from",
         "away",
     ):
-        table.add_column(name, justify="left" if name == "drill" else "right")
+        left = name in ("drill", "read from")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for item in results:
         mark = "[green]✓[/]" if item.ok else f"[red]✗ expected {item.expected}[/]"
         table.add_row(
@@ -288,7 +289,8 @@ def show(console: Console, results: Sequence[Result]) -> None:
             "-" if item.memory is None else str(item.memory),
             str(item.storage),
             f"{item.resumed} {mark}",
-            str(item.before - item.resumed),
+            # A run that is killed a moment later may have kept one more step than was seen.
+            str(max(0, item.before - item.resumed)),
             _places(item),
             f"{item.away_s:.1f} s",
         )
@@ -297,7 +299,8 @@ def show(console: Console, results: Sequence[Result]) -> None:
 
 def _places(item: Result) -> str:
     total = item.from_memory + item.from_storage
-    return f"memory {item.from_memory / total:.0%}" if total and item.from_memory else "storage"
+    share = item.from_memory / total if total else 0.0
+    return "storage" if not share else "memory" if share == 1 else f"memory {share:.0%}"
 
 
 def main() -> None:
