@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moc_ckpt.cli.common import choose_tag
-from moc_ckpt.errors import ConfigError
+from moc_ckpt.errors import ConfigError, MocError
 from moc_ckpt.lazarus.types import Placement
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.storage.checkpoint import load_manifest
@@ -42,26 +43,31 @@ def read_loads(text: str) -> list[list[float]]:
         ConfigError: if it is neither.
     """
     path = Path(text)
-    if not text.strip() or not path.is_file():
-        if any(char.isalpha() or char in "/\\" for char in text):
-            raise ConfigError(f"there is no file {text!r}", where="--loads", fix="give numbers, or a file of them")
-        return [list(map(_number, text.replace(",", " ").split()))]
+    if not os.path.isfile(text):  # noqa: PTH113 (Path.is_file raises where a list is longer than a name may be)
+        try:
+            return [list(map(_number, text.replace(",", " ").split()))]
+        except ConfigError:
+            if any(char.isalpha() or char in "/\\" for char in text):
+                what = f"there is no file {text!r}"
+                raise ConfigError(what, where="--loads", fix="give numbers, or a file of them") from None
+            raise
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the loads cannot be read: {error}", where=f"--loads {text}") from None
     if content.lstrip()[:1] not in ("[", "{"):
         lines = [line.partition("#")[0].replace(",", " ").split() for line in content.splitlines()]
-        return [list(map(_number, line)) for line in lines if line]
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise ConfigError(f"the loads are not JSON: {error}", where=f"--loads {text}") from None
+        found: Any = [line for line in lines if line]
+    else:
+        try:
+            found = json.loads(content)
+        except ValueError as error:
+            raise ConfigError(f"the loads are not JSON: {error}", where=f"--loads {text}") from None
     if isinstance(found, dict):
         found = next((found[key] for key in _KEYS if key in found), None)
     if isinstance(found, list) and found and not isinstance(found[0], list):
         found = [found]
-    if not isinstance(found, list) or not all(isinstance(layer, list) for layer in found):
+    if not isinstance(found, list) or not found or not all(isinstance(layer, list) for layer in found):
         raise ConfigError(
             "the file has no loads",
             where=f"--loads {text}",
@@ -162,13 +168,17 @@ def read_plan(path: Path) -> tuple[Placement, ...]:
         # A plan that was itself a migration: its nodes have taken their places since.
         moved = data.get("migration", {}).get("placement")
         slots = moved if moved is not None else [layer["placement"] for layer in layers]
-        return tuple(
+        found = tuple(
             Placement(len(layer["replicas"]), tuple(tuple(map(int, held)) for held in held_by_node))
             for layer, held_by_node in zip(layers, slots, strict=True)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not found:
+            raise ValueError("it has no MoE layer")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MocError) as error:
+        what = error.what if isinstance(error, MocError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"the old plan cannot be read: {type(error).__name__}: {error}",
+            f"the old plan cannot be read: {what}",
             where=f"--old {path}",
             fix="give what an earlier `moc-ckpt placement --json` printed",
         ) from None

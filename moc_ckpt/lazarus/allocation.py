@@ -12,6 +12,9 @@ from moc_ckpt.errors import ConfigError
 
 __all__ = ["Allocation", "allocate", "layer_text"]
 
+# Sums and ratios of loads stay within a float.
+_MAX_LOAD = 1e100
+
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
@@ -60,7 +63,7 @@ def allocate(
 
     Raises:
         ConfigError: for fewer slots than experts, a threshold above the number of nodes, or a load that is negative,
-            infinite or not a number (it names the expert and the layer).
+            1e100 or more, or not a number (it names the expert and the layer).
     """
     where = layer_text(layer)
     sizes = (("nodes", nodes), ("slots", slots), ("fault_threshold", fault_threshold))
@@ -98,17 +101,22 @@ def allocate(
 def _exact(loads: Sequence[float], layer: int | None) -> list[int]:
     """Returns integers in the ratio of the loads, exactly."""
     for expert, load in enumerate(loads):
-        if not isinstance(load, numbers.Real) or not math.isfinite(load) or load < 0:
+        if not isinstance(load, numbers.Real) or not 0 <= _plain(load) < _MAX_LOAD:
             raise ConfigError(
                 f"the load of expert {expert} is {load!r}",
                 where=layer_text(layer),
-                fix="loads are numbers of tokens: finite, and not negative",
+                fix=f"loads are numbers of tokens: finite (below {_MAX_LOAD:g}), and not negative",
             )
     if all(isinstance(load, numbers.Integral) for load in loads):
         return [int(load) for load in loads]
     exact = [Fraction(load) if isinstance(load, int | float | Fraction) else Fraction(float(load)) for load in loads]
     scale = math.lcm(*(item.denominator for item in exact))
     return [item.numerator * (scale // item.denominator) for item in exact]
+
+
+def _plain(load: numbers.Real) -> float:
+    """Returns a Python number: numpy's small ones do not compare with large ones."""
+    return int(load) if isinstance(load, numbers.Integral) else float(load)
 
 
 def layer_text(layer: int | None) -> str:

@@ -157,6 +157,13 @@ def test_files_of_loads(tmp_path: Path, content: str) -> None:
     assert "there is no MoE layer 2" in refused(*args, "--layer", 2)
 
 
+def test_a_list_longer_than_a_file_name_may_be() -> None:
+    loads = [1_000_000 + expert for expert in range(256)]
+    found = data("--loads", ",".join(map(str, loads)), "--nodes", 32, "--slots", 9)
+    assert found["loads"] == loads
+    assert data("--loads", "1e3,5.0e2", "--nodes", 2, "--slots", 3)["replicas"] == [4, 2]
+
+
 def test_a_checkpoints_ledger(tmp_path: Path) -> None:
     store = make_store("local", tmp_path)
     save(store, "global_step10", 10)
@@ -224,6 +231,8 @@ def test_an_expert_without_a_live_copy(tmp_path: Path) -> None:
         (("--loads", "1,x", "--nodes", 2, "--slots", 2), "there is no file '1,x'"),
         (("--loads", "1,-1", "--nodes", 2, "--slots", 2), "load of expert 1 is -1"),
         (("--loads", "", "--nodes", 2, "--slots", 2), "there are no experts"),
+        (("--loads", "nan,1", "--nodes", 2, "--slots", 2), "load of expert 0 is nan"),
+        (("--loads", "9" * 400 + ",1", "--nodes", 2, "--slots", 2), "load of expert 0 is 999"),
         (("--replicas", "1,b", "--nodes", 2, "--slots", 2), "--replicas is '1,b'"),
         (("--replicas", "1,4", "--nodes", 2, "--slots", 2), "expert 1 does not fit"),
         (("--replicas", "1,0", "--nodes", 2, "--slots", 2), "expert 1 is to have 0 replicas"),
@@ -244,12 +253,36 @@ def test_wrong_use(args: tuple[object, ...], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1, 2", "not JSON"), ('{"a": 1}', "has no loads"), ("[1, null]", "a load is None"), ("1 b", "a load is 'b'")],
+    [
+        ("[1, 2", "not JSON"),
+        ('{"a": 1}', "has no loads"),
+        ("[1, null]", "a load is None"),
+        ("1 b", "a load is 'b'"),
+        ("", "has no loads"),
+        ("# tokens", "has no loads"),
+        ("[]", "has no loads"),
+        ('{"loads": []}', "has no loads"),
+    ],
 )
 def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "loads.txt"
     path.write_text(content)
     assert message in refused("--loads", path, "--nodes", 2, "--slots", 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "AttributeError"),
+        ('{"layers": []}', "it has no MoE layer"),
+        ('{"replicas": [1, 1], "placement": [[0, 5], [1]]}', "a slot is given to expert 5"),
+    ],
+)
+def test_files_that_are_no_old_plan(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(content)
+    found = refused("--loads", "1,1", "--slots", 2, "--old", path)
+    assert "the old plan cannot be read" in found and message in found and f"--old {path}" in found
 
 
 # ---------------------------------------------------------------------------------- plot and imports
