@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
 from moc_ckpt.errors import ConfigError
@@ -14,6 +16,8 @@ Shares = tuple[tuple[int, ...], ...]
 
 # What the weights of one expert add up to, about.
 _WHOLE = 1 << 16
+# What they may add up to: the dispatcher multiplies them with numbers of tokens, in 64 bits.
+_MOST = 1 << 31
 
 
 def slot_shares(placement: Placement) -> Shares:
@@ -37,12 +41,12 @@ def even_shares(loads: Sequence[float], placement: Placement, *, sweeps: int = 2
         tolerance: ends when a sweep moves less than this part of a place's mean load anywhere.
 
     Raises:
-        ConfigError: if there is not one load for each expert, or a load is negative.
+        ConfigError: if there is not one load for each expert, or a load is negative or not finite.
     """
-    if len(loads) != placement.num_experts or any(not load >= 0 for load in loads):
+    if len(loads) != placement.num_experts or any(not 0 <= load < math.inf for load in loads):
         raise ConfigError(
             f"{len(loads)} loads, the smallest {min(loads, default=0)}, for {placement.num_experts} experts",
-            fix="give one load of 0 or more for each expert",
+            fix="give one finite load of 0 or more for each expert",
         )
     places = len(placement.slots)
     table = [list(row) for row in slot_shares(placement)]
@@ -83,8 +87,8 @@ def check_shares(shares: Shares, placement: Placement, *, where: str = "") -> No
         where: the layer, for messages.
 
     Raises:
-        ConfigError: another number of places or experts, a weight of an expert that the place lacks, a negative one,
-            or an expert without any.
+        ConfigError: another number of places or experts, a weight of an expert that the place lacks, one that is
+            negative or no whole number, or an expert without any or with too large ones.
     """
     if [len(row) for row in shares] != [placement.num_experts] * len(placement.slots):
         raise ConfigError(
@@ -95,9 +99,13 @@ def check_shares(shares: Shares, placement: Placement, *, where: str = "") -> No
     for expert in range(placement.num_experts):
         weights = [row[expert] for row in shares]
         holders = placement.holders(expert)
-        wrong = [place for place, weight in enumerate(weights) if weight < 0 or (weight and place not in holders)]
-        if wrong or not any(weights):
-            what = f"place {wrong[0]} cannot have {weights[wrong[0]]}" if wrong else "no place has any"
+        wrong = [
+            place
+            for place, weight in enumerate(weights)
+            if not isinstance(weight, numbers.Integral) or weight < 0 or (weight and place not in holders)
+        ]
+        if wrong or not 0 < sum(weights) <= _MOST:
+            what = f"place {wrong[0]} cannot have {weights[wrong[0]]}" if wrong else f"all places have {sum(weights)}"
             raise ConfigError(f"shares of expert {expert}: {what}", where=where, fix="compute them for this placement")
 
 

@@ -82,7 +82,9 @@ def test_a_thousand_devices_in_a_second() -> None:
         (((1, 1), (1,)), "2 places by 2 experts"),
         (((1, 1), (1, 1)), "expert 1: place 1 cannot have 1"),
         (((-1, 1), (2, 0)), "expert 0: place 0 cannot have -1"),
-        (((1, 0), (1, 0)), "expert 1: no place has any"),
+        (((1, 0), (1, 0)), "expert 1: all places have 0"),
+        (((0.5, 1), (0.5, 0)), "expert 0: place 0 cannot have 0.5"),
+        (((2**62, 1), (2**62, 0)), "expert 0: all places have 92"),
     ],
 )
 def test_what_does_not_fit_is_refused(shares: tuple[tuple[int, ...], ...], words: str) -> None:
@@ -91,6 +93,6 @@ def test_what_does_not_fit_is_refused(shares: tuple[tuple[int, ...], ...], words
 
 
 def test_wrong_loads_are_refused() -> None:
-    for loads in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
+    for loads in ([1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]):
         with pytest.raises(ConfigError):
             even_shares(loads, Placement(2, ((0, 1),)))
