@@ -100,7 +100,8 @@ class TopKGate(nn.Module):
         hits = torch.zeros_like(probabilities.detach()).scatter_(1, counted, 1.0)
         if taken is not None:
             hits, weights = hits * taken, weights * taken
-        loss = (probabilities.mean(0) * hits.mean(0)).sum() * self.num_experts / counted.shape[1]
+        average = torch.mean if len(tokens) else torch.sum  # without tokens the loss is 0; the mean of none is NaN
+        loss = (average(probabilities, 0) * average(hits, 0)).sum() * self.num_experts / counted.shape[1]
         if self.k > 1:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
         return Routing(experts, weights, loss)

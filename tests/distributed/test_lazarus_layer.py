@@ -59,6 +59,7 @@ def run(ctx: Any, layer: Any, seed: int, sizes: list[int], k: int, masked: bool 
     def distance(one: Any, two: Any) -> float:
         """The largest difference, relative to the largest value where that is above 1."""
         two = torch.zeros_like(one) if two is None else two
+        assert torch.isfinite(one).all(), "max() would pass over it"
         return float((one.to(exact) - two).abs().max() / two.abs().max().clamp(min=1.0)) if one.numel() else 0.0
 
     assert counts.tolist() == expected[ctx.rank]
