@@ -6,7 +6,7 @@ placement that is best in this order is dominated by none, and is the best at ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 
@@ -107,29 +107,19 @@ def _climb(nodes: Nodes, experts: int, slots: int, score: Callable[[Sequence[int
         masks = node_masks(nodes, experts)
         counted = [{expert: held.count(expert) for expert in set(held)} for held in nodes]
         step: tuple[int, int, int, int] | None = None
-        seen: set[tuple[int, int, int, int]] = set()
-        for here, held in enumerate(nodes):
-            for there, others in enumerate(nodes):
-                if there == here:
-                    continue
-                vacant = [-1] if len(others) < slots else []
-                if not vacant and there < here:
-                    continue  # a swap, seen from the other side
-                for out in set(held):
-                    for back in [*vacant, *(set(others) if there > here else ())]:
-                        if out == back or (here, there, out, back) in seen:
-                            continue
-                        seen.add((here, there, out, back))
-                        changed = list(masks)
-                        changed[out] = _without(masks[out], here, counted[here][out]) | 1 << there
-                        if back >= 0:
-                            changed[back] = _without(masks[back], there, counted[there][back]) | 1 << here
-                        if changed == masks:
-                            continue
-                        trials += 1
-                        found = value(changed)
-                        if found < best:
-                            best, step = found, (here, there, out, back)
+        for here, there, out, back in _changes(nodes, slots):
+            changed = list(masks)
+            changed[out] = _without(masks[out], here, counted[here][out]) | 1 << there
+            if back >= 0:
+                changed[back] = _without(masks[back], there, counted[there][back]) | 1 << here
+            if changed == masks:
+                continue
+            trials += 1
+            found = value(changed)
+            if found < best:
+                best, step = found, (here, there, out, back)
+            if trials >= _MAX_TRIALS:  # within one round: with many slots it has millions
+                break
         if step is None:
             break
         here, there, out, back = step
@@ -139,6 +129,18 @@ def _climb(nodes: Nodes, experts: int, slots: int, score: Callable[[Sequence[int
             nodes[there].remove(back)
             nodes[here].append(back)
     return nodes
+
+
+def _changes(nodes: Nodes, slots: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (node, other node, expert that moves there, expert that comes back), each once; -1: into a vacant slot."""
+    for here, held in enumerate(nodes):
+        for there, others in enumerate(nodes):
+            if there == here:
+                continue
+            vacant = [-1] if len(others) < slots else []
+            # A swap is seen from one of its sides.
+            comers = [*vacant, *(sorted(set(others)) if there > here else ())]
+            yield from ((here, there, out, back) for out in sorted(set(held)) for back in comers if out != back)
 
 
 def _without(mask: int, node: int, copies: int) -> int:

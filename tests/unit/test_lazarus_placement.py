@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "experi
 from _placement_oracle import allocations, cases, survivals
 
 from moc_ckpt.errors import ConfigError
+from moc_ckpt.lazarus import _build, _improve
+from moc_ckpt.lazarus.allocation import allocate
 from moc_ckpt.lazarus.domains import count_recoverable_domains, spread_over_domains
 from moc_ckpt.lazarus.placement import PLACEMENTS, closed_form_mro, compact, mro, mro_paper, spread
 from moc_ckpt.lazarus.probability import (
@@ -156,6 +159,27 @@ def test_the_local_search_goes_on_where_the_variants_end() -> None:
 
 
 # ---------------------------------------------------------------------------------- the paper's examples
+
+
+def test_the_local_search_is_bounded_also_with_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of it has some 400,000 changes here."""
+    replicas = sorted(allocate([1e6 / (expert + 1) ** 0.3 for expert in range(512)], 10, 96).replicas)
+    assert not _build.regular(replicas, 10, 96)
+    scored: list[int] = []
+    table_score = _improve._table_score
+
+    def counted(count: int) -> Any:
+        score = table_score(count)
+
+        def one(masks: Any) -> Any:
+            scored.append(1)
+            return score(masks)
+
+        return one
+
+    monkeypatch.setattr(_improve, "_table_score", counted)
+    _improve.improved(replicas, 10, 96)
+    assert len(scored) <= _improve._STARTS * (_improve._MAX_TRIALS + 2) + 20
 
 
 def test_figure_4() -> None:
