@@ -75,12 +75,14 @@ class ReplicaExchange:
     """The exchanges of one layer's experts. Methods are collective over all ranks of the group; not thread-safe.
 
     Args:
-        splits: for each local expert, by ascending global id, how it is shared out.
+        splits: for each local expert, by ascending global id, how it is shared out; may be empty.
         group: the process group over whose ranks the layer is placed.
+        device: of the elements; needed where this rank may have no expert to exchange, and takes part all the same.
     """
 
-    def __init__(self, splits: Mapping[int, Split], group: Any) -> None:
+    def __init__(self, splits: Mapping[int, Split], group: Any, device: torch.device | None = None) -> None:
         self._splits = {expert: splits[expert] for expert in sorted(splits)}
+        self._nothing = torch.empty(0, device=device)
         self._group = group
         self._rank = dist.get_rank(group)
         self._world = dist.get_world_size(group)
@@ -152,8 +154,8 @@ class ReplicaExchange:
                 places.append((expert, other))
                 sizes.append(expected(expert, other))
                 incoming[other] += sizes[-1]
-        first = next(iter(like.values()))
-        buffer = torch.cat(pieces)
+        first = next(iter(like.values()), self._nothing)
+        buffer = torch.cat(pieces) if pieces else self._nothing
         arrived = torch.empty(sum(incoming), dtype=first.dtype, device=first.device)
         # As bytes: not every backend exchanges every dtype.
         size = first.element_size()

@@ -124,7 +124,7 @@ class _Layer:
     """The local experts of a layer, and the exchanges with other holders.
 
     Attributes:
-        experts: by global id, ascending.
+        experts: by global id, ascending; without those that are frozen as a whole.
         grads: fp32, all experts' gradients one after the other.
         even: shares gradients (and sharded state) out evenly.
         reduced: this rank's shares of the summed gradients, between `reduce` and `step`.
@@ -230,7 +230,7 @@ class ReplicaOptimizer:
         """
         whole = self.state == "replicated"
         for layer in self._layers:
-            if not isinstance(scale, float) or scale != 1.0:
+            if layer.experts and (not isinstance(scale, float) or scale != 1.0):
                 torch._foreach_mul_([layer.grads] if whole else list(layer.reduced.values()), scale)
             for index, expert in layer.experts.items():
                 flat = expert.grad if whole else layer.reduced[index]
@@ -264,9 +264,10 @@ class ReplicaOptimizer:
         for layer in self._layers:
             if self.state == "replicated":
                 parts = [self._shard(expert, *item) for expert in layer.experts.values() for item in expert.placed]
-                torch._foreach_copy_(
-                    [part.param for part in parts], [part.master.view(part.param.shape) for part in parts]
-                )
+                if parts:
+                    torch._foreach_copy_(
+                        [part.param for part in parts], [part.master.view(part.param.shape) for part in parts]
+                    )
                 continue
             shares = {
                 index: torch.cat([master.tensor.to(expert.dtype) for master in expert.masters])
@@ -317,8 +318,9 @@ class ReplicaOptimizer:
 
     def _build(self, layer: LayerReplicas) -> _Layer:
         plans = {index: _flatten(layer.experts[index]) for index in sorted(layer.experts)}
+        plans = {index: plan for index, plan in plans.items() if plan[0]}  # the others are frozen
         sizes = [sum(item.param.numel() for item in params) for params, _ in plans.values()]
-        device = next(item.param.device for params, _ in plans.values() for item in params)
+        device = next(item.param.device for params in layer.experts.values() for item in params)
         grads = torch.zeros(sum(sizes), device=device)
         experts = {}
         for (index, (params, segments)), grad in zip(plans.items(), grads.split(sizes), strict=True):
@@ -346,7 +348,7 @@ class ReplicaOptimizer:
         for expert in experts.values():
             for master in expert.masters:
                 self._read_weights(expert, master)
-        return _Layer(experts, grads, ReplicaExchange(even, self._group))
+        return _Layer(experts, grads, ReplicaExchange(even, self._group, device))
 
     @staticmethod
     @torch.no_grad()

@@ -52,6 +52,8 @@ class Setting:
     decay: bool = False
     noise: str | None = None
     buffers: bool = False
+    #: Experts that are not trained, in both layers.
+    frozen: tuple[int, ...] = ()
     config: tuple[tuple[str, Any], ...] = ()
 
     def with_(self, **changes: Any) -> Setting:
@@ -112,7 +114,15 @@ def build_model(setting: Setting, seed: int) -> Any:
     with torch.no_grad():
         for name, tensor in net.named_parameters():
             tensor.copy_(initial(names[name], tuple(tensor.shape), seed))
+            if is_frozen(names[name], setting):
+                tensor.requires_grad_(False)
     return net
+
+
+def is_frozen(name: str, setting: Setting) -> bool:
+    """Whether a parameter, by its global name, is not trained."""
+    frozen = any(f".deepspeed_experts.{expert}." in name for expert in setting.frozen)
+    return frozen or name.endswith("gain")
 
 
 def make_moe(setting: Setting, index: int, expert: Any) -> Any:
@@ -428,7 +438,7 @@ class Reference:
             value = initial(name, shape, seed)
             if setting.dtype == "bf16":
                 value = value.to(torch.bfloat16)
-            self.params[name] = value.double().requires_grad_(not name.endswith("gain"))
+            self.params[name] = value.double().requires_grad_(not is_frozen(name, setting))
         trained = [p for p in self.params.values() if p.requires_grad]
         decay = [p for p in trained if p.ndim > 1]
         plain = [p for p in trained if p.ndim < 2]

@@ -59,6 +59,23 @@ def test_fifty_steps_follow_one_shared_model(pool: Pool, changes: dict[str, Any]
     assert changes.get("clip") == 0.0 or first["clipped"] >= 10, "no step was clipped"
 
 
+@pytest.mark.parametrize(
+    ("frozen", "state"), [((1, 3), "replicated"), ((1, 3), "sharded"), (tuple(range(5)), "replicated")]
+)
+def test_frozen_experts(pool: Pool, frozen: tuple[int, ...], state: str) -> None:
+    """The last rank has only frozen ones of the second layer, and takes part in its exchanges; or all have."""
+    assert set(tools.PLACEMENTS[1][3]) == {1, 3}
+    setting = Setting(frozen=frozen, state=state)
+    results = pool.run(WORLD, case_reference, setting=setting, steps=20)
+    first = results[0]
+    assert all(result["norms"] == first["norms"] for result in results)
+    assert first["experts"] == 2 * (5 - len(frozen)) * 3
+    assert first["loss off"] < 1e-3
+    assert first["norm off"] < 1e-3
+    assert first["weight off"] < 1e-3
+    assert first["fell"][1] < 0.9 * first["fell"][0]
+
+
 @pytest.mark.parametrize("state", ["replicated", "sharded"])
 def test_bf16_follows_within_its_rounding(pool: Pool, state: str) -> None:
     results = pool.run(WORLD, case_reference, setting=Setting(dtype="bf16", gas=2, state=state), steps=25)
