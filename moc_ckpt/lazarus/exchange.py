@@ -261,6 +261,9 @@ def combine(outputs: Tensor, weights: Tensor, routes: Routes) -> Tensor:
     Returns:
         [T, hidden] in the dtype of `outputs`.
     """
+    if torch.is_grad_enabled() and not outputs.requires_grad and not weights.requires_grad:
+        # Experts of other ranks may be trained where this rank's are frozen: all ranks take part in backward, or none.
+        outputs = outputs.detach().requires_grad_()
     out: Tensor = _Combine.apply(outputs, weights, routes)
     return out
 

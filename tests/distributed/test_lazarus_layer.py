@@ -291,6 +291,31 @@ def test_activation_checkpointing(pool: Any) -> None:
     assert pool.run(2, case_recomputed) == [True, True]
 
 
+def case_frozen(ctx: Any) -> Any:
+    """Only expert 0 is trained, which rank 0 alone has; tokens and gate need no gradient (a first layer's, say)."""
+    import torch
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+    from moc_ckpt.lazarus.types import Placement
+
+    placement = Placement(3, ((0, 1), *[(1, 2)] * (ctx.world - 1)))
+    layer = LazarusMoE(HIDDEN, lazarus.expert_module(HIDDEN, WIDE), 3, k=3, placement=placement, seed=1).double()
+    head = torch.nn.Linear(HIDDEN, 1).double()
+    layer.deepspeed_moe.gate.requires_grad_(False)
+    for parameter in layer.deepspeed_moe.experts.parameters():
+        parameter.requires_grad_(parameter.expert_id == 0)
+    output, _, _ = layer(torch.ones(4, HIDDEN, dtype=torch.float64))
+    head(output).sum().backward()
+    gradients = [p.grad is not None for p in layer.deepspeed_moe.experts.parameters() if p.expert_id == 0]
+    with torch.no_grad():
+        assert not layer(torch.ones(4, HIDDEN, dtype=torch.float64))[0].requires_grad
+    return gradients
+
+
+def test_a_rank_without_trained_experts_takes_part_in_backward(pool: Any) -> None:
+    assert pool.run(2, case_frozen, deadline=60.0) == [[True] * 4, []]
+
+
 def case_world(ctx: Any) -> Any:
     from distributed.harness import attempt
     from moc_ckpt.lazarus.layer import LazarusMoE
