@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpt_moe.model import ExpertMlp, MoeInterface
+from moc_ckpt.errors import CheckpointNotFoundError, MocError
 from moc_ckpt.lazarus.allocation import allocate
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.placement import mro
@@ -52,17 +53,34 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
     Args:
         args: settled arguments.
         layers: number of MoE layers.
+
+    Raises:
+        SystemExit: on all ranks, if the loads cannot be read or the experts do not fit.
     """
-    world = torch.distributed.get_world_size()
-    found: list[Any] = [_loads(args, layers) if torch.distributed.get_rank() == 0 else None]
+    found: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            found = [_placements(args, layers)]
+        except (MocError, SystemExit) as error:
+            found = [str(error)]
+    # Also an error: the other ranks would wait for the placements of one that is gone.
     torch.distributed.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise SystemExit(found[0])
+    placements: list[Placement] = found[0]
+    return placements
+
+
+def _placements(args: argparse.Namespace, layers: int) -> list[Placement]:
+    """Return a placement for each MoE layer; for one rank, which tells the others."""
+    world = torch.distributed.get_world_size()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     ranks = ranks if world % ranks == 0 and world > ranks else 1
     placements = []
-    for layer, loads in enumerate(found[0]):
+    for layer, loads in enumerate(_loads(args, layers)):
         slots = args.lazarus_slots * ranks
         allocation = allocate(loads, world // ranks, slots, args.lazarus_fault_threshold, layer=layer)
-        if allocation.note and not layer and torch.distributed.get_rank() == 0:
+        if allocation.note and not layer:
             print(f" lazarus: {allocation.note}", flush=True)
         nodes = mro(allocation.replicas, world // ranks, slots, layer=layer)
         placements.append(split(nodes, ranks, args.lazarus_slots) if ranks > 1 else nodes)
@@ -71,12 +89,20 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
 
 def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
     """Return the tokens of each expert by layer."""
+    even = [[1.0] * args.num_experts] * layers
     if args.lazarus_loads is None:
-        return [[1.0] * args.num_experts] * layers
+        return even
     from moc_ckpt.cli.placement_input import read_checkpoint, read_loads
 
-    if os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
-        loads = read_checkpoint(args.lazarus_loads, None)
+    own = args.lazarus_loads == args.load
+    if own or os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
+        try:
+            loads = read_checkpoint(args.lazarus_loads, None)
+        except CheckpointNotFoundError:
+            if not own:
+                raise
+            print(f" lazarus: {args.lazarus_loads} has no checkpoint yet: replicas are even", flush=True)
+            return even
     else:
         loads = read_loads(args.lazarus_loads)
     if len(loads) not in (1, layers) or any(len(row) != args.num_experts for row in loads):
