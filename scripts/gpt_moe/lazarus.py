@@ -46,7 +46,8 @@ class ReplicatedMoeMlp(MoeInterface, LazarusMoE):
 def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
     """Return a placement for each MoE layer; the same on all ranks.
 
-    Experts get replicas by the tokens in `--lazarus-loads`, or all alike. With several nodes their slots are shared out
+    Where `--lazarus-loads` is a directory whose run planned a placement that fits, that is carried out. Otherwise
+    experts get replicas by the tokens in `--lazarus-loads`, or all alike. With several nodes their slots are shared out
     first, so that the replicas of an expert are on different nodes; on one node its ranks take their place.
 
     Args:
@@ -54,12 +55,18 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
         layers: number of MoE layers.
     """
     world = torch.distributed.get_world_size()
-    found: list[Any] = [_loads(args, layers) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(found)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     ranks = ranks if world % ranks == 0 and world > ranks else 1
+    found: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        found[0] = _planned(args, layers, world, ranks)
+        if found[0] is None:
+            found[1] = _loads(args, layers)
+    torch.distributed.broadcast_object_list(found)
+    if found[0] is not None:
+        return [Placement(args.num_experts, held) for held in found[0]]
     placements = []
-    for layer, loads in enumerate(found[0]):
+    for layer, loads in enumerate(found[1]):
         slots = args.lazarus_slots * ranks
         allocation = allocate(loads, world // ranks, slots, args.lazarus_fault_threshold, layer=layer)
         if allocation.note and not layer and torch.distributed.get_rank() == 0:
@@ -67,6 +74,34 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
         nodes = mro(allocation.replicas, world // ranks, slots, layer=layer)
         placements.append(split(nodes, ranks, args.lazarus_slots) if ranks > 1 else nodes)
     return placements
+
+
+def _planned(args: argparse.Namespace, layers: int, world: int, ranks_per_node: int) -> list[Any] | None:
+    """Return the slots of each layer and rank that a run planned (REBALANCE_PLANNED); None if there are none to use."""
+    if args.lazarus_loads is None or not os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
+        return None
+    from moc_ckpt.cli.placement_input import read_planned
+
+    plan = read_planned(args.lazarus_loads)
+    if plan is None:
+        return None
+    least = min(args.lazarus_fault_threshold, args.lazarus_slots * world // args.num_experts)
+    fits = (
+        plan.ranks_per_node == ranks_per_node
+        and len(plan.placements) == layers
+        and all(
+            [len(held) for held in placement.slots] == [args.lazarus_slots] * world
+            and placement.num_experts == args.num_experts
+            and min(placement.replicas()) >= least
+            for placement in plan.placements
+        )
+    )
+    where = f"the placement planned at step {plan.step} in {args.lazarus_loads}"
+    print(
+        f" lazarus: {where} {'is carried out' if fits else 'is for another run: experts are placed by load'}",
+        flush=True,
+    )
+    return [placement.slots for placement in plan.placements] if fits else None
 
 
 def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
