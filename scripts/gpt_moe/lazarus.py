@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpt_moe.model import ExpertMlp, MoeInterface
+from moc_ckpt.errors import CheckpointNotFoundError, StorageError
 from moc_ckpt.lazarus.allocation import allocate
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.placement import mro
@@ -51,9 +52,10 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
     first, so that the replicas of an expert are on different nodes; on one node its ranks take their place.
 
     Args:
-        args: settled arguments.
+        args: settled arguments; `lazarus_notes` becomes what rank 0 should say about it.
         layers: number of MoE layers.
     """
+    args.lazarus_notes = []
     world = torch.distributed.get_world_size()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     ranks = ranks if world % ranks == 0 and world > ranks else 1
@@ -69,8 +71,8 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
     for layer, loads in enumerate(found[1]):
         slots = args.lazarus_slots * ranks
         allocation = allocate(loads, world // ranks, slots, args.lazarus_fault_threshold, layer=layer)
-        if allocation.note and not layer and torch.distributed.get_rank() == 0:
-            print(f" lazarus: {allocation.note}", flush=True)
+        if allocation.note and not layer:
+            args.lazarus_notes.append(allocation.note)
         nodes = mro(allocation.replicas, world // ranks, slots, layer=layer)
         placements.append(split(nodes, ranks, args.lazarus_slots) if ranks > 1 else nodes)
     return placements
@@ -97,23 +99,30 @@ def _planned(args: argparse.Namespace, layers: int, world: int, ranks_per_node: 
         )
     )
     where = f"the placement planned at step {plan.step} in {args.lazarus_loads}"
-    print(
-        f" lazarus: {where} {'is carried out' if fits else 'is for another run: experts are placed by load'}",
-        flush=True,
+    args.lazarus_notes.append(
+        f"{where} {'is carried out' if fits else 'is for another run: experts are placed by load'}"
     )
     return [placement.slots for placement in plan.placements] if fits else None
 
 
 def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
     """Return the tokens of each expert by layer."""
+    even = [[1.0] * args.num_experts] * layers
     if args.lazarus_loads is None:
-        return [[1.0] * args.num_experts] * layers
+        return even
     from moc_ckpt.cli.placement_input import read_checkpoint, read_loads
 
-    if os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
-        loads = read_checkpoint(args.lazarus_loads, None)
-    else:
-        loads = read_loads(args.lazarus_loads)
+    is_directory = os.path.isdir(args.lazarus_loads)  # noqa: PTH112 (it may be a URL)
+    try:
+        if is_directory or args.lazarus_loads in (args.save, args.load):
+            loads = read_checkpoint(args.lazarus_loads, None)
+        else:
+            loads = read_loads(args.lazarus_loads)
+    except (CheckpointNotFoundError, StorageError):
+        if args.lazarus_loads not in (args.save, args.load):
+            raise
+        args.lazarus_notes.append(f"{args.lazarus_loads} has no checkpoint yet: all experts are placed alike")
+        return even
     if len(loads) not in (1, layers) or any(len(row) != args.num_experts for row in loads):
         shown = f"{len(loads)} layers of {', '.join(sorted({str(len(row)) for row in loads}))} experts"
         raise SystemExit(f"--lazarus-loads {args.lazarus_loads} has {shown}: not those of this model")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moc_ckpt.cli.placement_input import Planned, read_planned
-from moc_ckpt.errors import ConfigError
+from moc_ckpt.errors import ConfigError, MocError
 from moc_ckpt.events import EventKind, EventLog
 from moc_ckpt.lazarus.types import Placement
 from moc_ckpt.storage.store import open_store
@@ -44,8 +44,10 @@ def test_a_plan_that_is_none_is_refused(tmp_path: Path, fields: dict[str, Any]) 
         read_planned(str(tmp_path))
 
 
-def place(monkeypatch: pytest.MonkeyPatch, loads: Any, **changes: Any) -> list[tuple[tuple[int, ...], ...]]:
-    """Placements of the script, as rank 0 of three."""
+def place(
+    monkeypatch: pytest.MonkeyPatch, loads: Any, **changes: Any
+) -> tuple[list[tuple[tuple[int, ...], ...]], list[str]]:
+    """Placements of the script and what it says about them, as rank 0 of three."""
     import torch
     from gpt_moe import lazarus
 
@@ -56,14 +58,16 @@ def place(monkeypatch: pytest.MonkeyPatch, loads: Any, **changes: Any) -> list[t
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda found: None)
     monkeypatch.setattr(lazarus, "_loads", lambda args, layers: [[1.0] * args.num_experts] * layers)
     layers = changes.pop("layers", 2)
-    return [placement.slots for placement in lazarus.place_experts(argparse.Namespace(**args), layers)]
+    settled = argparse.Namespace(**args)
+    return [placement.slots for placement in lazarus.place_experts(settled, layers)], settled.lazarus_notes
 
 
 @needs_megatron
-def test_a_plan_is_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_plan_is_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(tmp_path)
-    assert place(monkeypatch, tmp_path) == [tuple(map(tuple, slots)) for slots in PLANS]
-    assert "planned at step 7" in capsys.readouterr().out
+    placed, notes = place(monkeypatch, tmp_path)
+    assert placed == [tuple(map(tuple, slots)) for slots in PLANS]
+    assert notes == [f"the placement planned at step 7 in {tmp_path} is carried out"]
 
 
 @needs_megatron
@@ -79,11 +83,11 @@ def test_a_plan_is_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     ],
 )
 def test_a_plan_of_another_run_gives_way_to_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, fields: dict[str, Any], changes: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     plan(tmp_path, **fields)
-    placed = place(monkeypatch, tmp_path, **changes)
-    assert "is for another run" in capsys.readouterr().out
+    placed, notes = place(monkeypatch, tmp_path, **changes)
+    assert "is for another run" in notes[0]
     experts = changes.get("num_experts", 3)
     for slots in placed:
         counts = [sum(held.count(expert) for held in slots) for expert in range(experts)]
@@ -92,6 +96,23 @@ def test_a_plan_of_another_run_gives_way_to_loads(
 
 
 @needs_megatron
-def test_without_a_plan_loads_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert len(place(monkeypatch, tmp_path)) == 2
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("made", [False, True])
+def test_a_run_begins_with_its_own_directory(tmp_path: Path, made: bool) -> None:
+    """The command of the first start is that of a restart; anybody else's directory has to have a checkpoint."""
+    from gpt_moe.lazarus import _loads
+
+    if made:
+        (tmp_path / "c").mkdir()
+    args = argparse.Namespace(num_experts=3, lazarus_loads=str(tmp_path / "c"), save=str(tmp_path / "c"), load=None)
+    args.lazarus_notes = []
+    assert _loads(args, 2) == [[1.0] * 3] * 2
+    assert "has no checkpoint yet" in args.lazarus_notes[0]
+    args.save = str(tmp_path)
+    with pytest.raises(MocError):
+        _loads(args, 2)
+
+
+@needs_megatron
+def test_without_a_plan_loads_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed, notes = place(monkeypatch, tmp_path)
+    assert (len(placed), notes) == (2, [])
