@@ -41,6 +41,8 @@ class EventKind(str, Enum):
     """A snapshot or save did not end well."""
     RECOVERED = "RECOVERED"
     """A run was restored."""
+    REBALANCE_PLANNED = "REBALANCE_PLANNED"
+    """Experts with replicas should be placed otherwise at the next start, or no longer should."""
 
 
 class Event(msgspec.Struct, frozen=True):

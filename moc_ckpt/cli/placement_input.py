@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moc_ckpt.cli.common import choose_tag
 from moc_ckpt.errors import ConfigError, MocError
+from moc_ckpt.events import EventKind, read_events
 from moc_ckpt.lazarus.types import Placement
 from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.storage.checkpoint import load_manifest
 from moc_ckpt.storage.store import open_store
 
-__all__ = ["parse_numbers", "parse_racks", "read_checkpoint", "read_loads", "read_plan", "skewed"]
+__all__ = [
+    "Planned",
+    "parse_numbers",
+    "parse_racks",
+    "read_checkpoint",
+    "read_loads",
+    "read_plan",
+    "read_planned",
+    "skewed",
+]
 
 _KEYS = ("loads", "processed")
 
@@ -105,6 +116,45 @@ def read_checkpoint(url: str, tag: str | None) -> list[list[float]]:
             fix="give --loads: the checkpoint has no MoE layers, or is from an older version",
         )
     return [[int(count) for count in layer] for layer in Ledger.from_data(manifest.ledger).processed]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A placement that a run wants after a restart.
+
+    Attributes:
+        step: at which it was decided.
+        ranks_per_node: as of `history.plan_rebalance`.
+        placements: of ranks, for each MoE layer.
+    """
+
+    step: int
+    ranks_per_node: int
+    placements: tuple[Placement, ...]
+
+
+def read_planned(url: str) -> Planned | None:
+    """Returns what the newest REBALANCE_PLANNED event of a directory says; None if there is none.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    found = [event for event in read_events(open_store(url)) if event.event == EventKind.REBALANCE_PLANNED.value]
+    if not found:
+        return None
+    event = found[-1]
+    try:
+        placements = tuple(
+            Placement(1 + max(map(max, slots)), tuple(tuple(map(int, held)) for held in slots))
+            for slots in event.fields["placements"]
+        )
+        return Planned(int(event.step or 0), int(event.fields["ranks_per_node"]), placements)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the event {EventKind.REBALANCE_PLANNED.value} of step {event.step} cannot be read: {error}",
+            where=f"events of {url}, node {event.node}",
+            fix="give loads instead of the directory",
+        ) from None
 
 
 def skewed(ratio: float, experts: int) -> list[list[float]]:

@@ -63,8 +63,9 @@ class LocalExperts(nn.Module):
         for index in self.expert_ids:
             made.append(_drawn(expert, expert_seed(seed, index)))
             for parameter in made[-1].parameters():
-                # The first is how DeepSpeed marks parameters that are not alike on all ranks.
-                vars(parameter).update(allreduce=False, lazarus=True, expert_id=index)
+                # The first is how DeepSpeed marks parameters that are not alike on all ranks; by the second its
+                # split_params_into_different_moe_groups_for_optimizer names their param group.
+                vars(parameter).update(allreduce=False, group_name="lazarus", lazarus=True, expert_id=index)
         self.deepspeed_experts = nn.ModuleList(made)
         self.compute = "auto"
         self._ids: dict[torch.device, Tensor] = {}

@@ -11,9 +11,10 @@ from moc_ckpt.lazarus.allocation import Allocation, allocate, layer_text
 from moc_ckpt.lazarus.domains import spread_over_domains
 from moc_ckpt.lazarus.migration import Migration, migrate
 from moc_ckpt.lazarus.placement import mro
+from moc_ckpt.lazarus.ranks import join, split
 from moc_ckpt.lazarus.types import Placement
 
-__all__ = ["Costs", "LoadHistory", "Rebalance", "imbalance", "plan_rebalance"]
+__all__ = ["Costs", "LoadHistory", "Rebalance", "imbalance", "layer_seconds", "plan_rebalance"]
 
 _PerLayer = tuple[tuple[int, ...], ...]
 
@@ -112,7 +113,8 @@ class Rebalance:
         gain_s: seconds that the plan saves over the steps it is meant for.
         cost_s: seconds that it costs.
         allocations: for each MoE layer; None for one that keeps its placement.
-        migration: the new placements and the transfers.
+        migration: the new placements of nodes and the transfers between them.
+        placements: for each MoE layer the placement after it, of the places that it was planned for (nodes or ranks).
     """
 
     worth_it: bool
@@ -122,6 +124,7 @@ class Rebalance:
     cost_s: float
     allocations: tuple[Allocation | None, ...]
     migration: Migration
+    placements: tuple[Placement, ...]
 
     @property
     def text(self) -> str:
@@ -142,7 +145,7 @@ class Rebalance:
             "cost_s": self.cost_s,
             "imbalance_before": list(self.before),
             "imbalance_after": list(self.after),
-            "placements": [[list(held) for held in layer.placement.slots] for layer in self.migration.layers],
+            "placements": [[list(held) for held in placement.slots] for placement in self.placements],
             "transfers": [
                 {
                     "layer": item.layer,
@@ -172,59 +175,85 @@ def imbalance(placement: Placement, loads: Sequence[float]) -> float:
     return most * len(placement.slots) / total
 
 
+def layer_seconds(step_s: float, dense: float, active: float, imbalances: Sequence[float]) -> float:
+    """Estimates what the experts of one MoE layer need per step where all places have the same work.
+
+    Computing takes as long as a token passes parameters, and the experts of a layer as long as the most loaded place.
+
+    Args:
+        step_s: seconds of a step under the present placements.
+        dense: parameters that every token passes.
+        active: parameters of one layer's experts that a token passes: k experts.
+        imbalances: of each MoE layer, under the present placement.
+    """
+    passed = dense + active * sum(imbalances)
+    return step_s * active / passed if passed else 0.0
+
+
 def plan_rebalance(
     current: Sequence[Placement],
     loads: Sequence[Sequence[int]],
     *,
-    slots: int,
+    slots: int | None,
     fault_threshold: int,
     steps: int,
     costs: Costs,
     domains: Sequence[int] | None = None,
+    ranks_per_node: int = 1,
 ) -> Rebalance:
     """Plans placements for the loads of late, and decides whether to move to them (pure).
 
     A layer whose imbalance the plan would not lower keeps its placement. The gain is that of the others' most loaded
-    nodes over `steps` steps; the cost is that of the node that sends or receives most.
+    places over `steps` steps; the cost is that of the node that sends or receives most.
 
     Args:
-        current: for each MoE layer the present placement, of nodes.
+        current: for each MoE layer the present placement, of nodes; with `ranks_per_node` above 1 of ranks.
         loads: per layer and expert the tokens, such as `LoadHistory.loads`.
-        slots: c, slots of each node.
+        slots: c, slots of each place of `current`; None for as many as the fullest place of the layer has.
         fault_threshold: f, as for `allocation.allocate`.
         steps: steps that the plan is meant for: the rebalance interval.
         costs: what steps and transfers take.
         domains: for each node its failure domain, if nodes fail together.
+        ranks_per_node: replicas are spread over nodes, each of them so many places of `current` that follow one
+            another; the slots of a node are then shared out over its ranks.
 
     Raises:
-        ConfigError: if loads and placements are not of the same model, or the costs are not positive.
+        ConfigError: if loads and placements are not of the same model, nodes have different numbers of ranks, or the
+            costs are not positive.
         MocError: if an expert has no copy.
     """
     if len(current) != len(loads) or not current:
         raise ConfigError(f"loads of {len(loads)} MoE layers for placements of {len(current)}", fix="give one for each")
     if costs.layer_s < 0 or costs.expert_bytes < 0 or costs.bandwidth <= 0 or costs.fixed_s < 0 or steps < 0:
         raise ConfigError("costs are negative, or the bandwidth is not positive", where=str(costs))
+    present = [join(now, ranks_per_node) for now in current]
+    rooms = [max(map(len, now.slots)) if slots is None else slots for now in current]
     plans, allocations = [], []
     for layer, (now, tokens) in enumerate(zip(current, loads, strict=True)):
         if now.num_experts != len(tokens):
             raise ConfigError(
                 f"loads of {len(tokens)} experts for a placement of {now.num_experts}", where=layer_text(layer)
             )
-        plan, allocation = now, None
+        plan, allocation = present[layer], None
         if any(tokens):
-            found = allocate(tokens, len(now.slots), slots, fault_threshold, layer=layer)
-            wanted = mro(found.replicas, len(now.slots), slots, layer=layer)
-            if imbalance(wanted, tokens) < imbalance(now, tokens):
+            nodes, room = len(plan.slots), rooms[layer] * ranks_per_node
+            found = allocate(tokens, nodes, room, fault_threshold, layer=layer)
+            wanted = mro(found.replicas, nodes, room, layer=layer)
+            if imbalance(split(wanted, ranks_per_node, rooms[layer]), tokens) < imbalance(now, tokens):
                 plan, allocation = wanted, found
                 if domains is not None:
                     plan = spread_over_domains(wanted, domains)
         plans.append(plan)
         allocations.append(allocation)
-    migration = migrate(current, plans, domains=domains, plan_domains=domains)
+    migration = migrate(present, plans, domains=domains, plan_domains=domains)
+    placements = tuple(
+        now if allocation is None else split(moved.placement, ranks_per_node, room)
+        for now, allocation, moved, room in zip(current, allocations, migration.layers, rooms, strict=True)
+    )
     before = tuple(imbalance(now, tokens) for now, tokens in zip(current, loads, strict=True))
-    after = tuple(imbalance(layer.placement, tokens) for layer, tokens in zip(migration.layers, loads, strict=True))
+    after = tuple(imbalance(planned, tokens) for planned, tokens in zip(placements, loads, strict=True))
     gain = costs.layer_s * steps * sum(old - new for old, new in zip(before, after, strict=True))
     busiest = max([0, *migration.sent.values(), *migration.received.values()])
     moves = any(allocation is not None for allocation in allocations)
     cost = busiest * costs.expert_bytes / costs.bandwidth + costs.fixed_s if moves else 0.0
-    return Rebalance(gain > cost, before, after, gain, cost, tuple(allocations), migration)
+    return Rebalance(gain > cost, before, after, gain, cost, tuple(allocations), migration, placements)

@@ -1,4 +1,4 @@
-"""From places of nodes to places of ranks. Pure."""
+"""From places of nodes to places of ranks, and back. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,24 @@ from collections import Counter
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.lazarus.types import Placement
 
-__all__ = ["split"]
+__all__ = ["join", "split"]
+
+
+def join(placement: Placement, ranks_per_node: int) -> Placement:
+    """Returns the placement of nodes that one of ranks makes: rank r is on node r // ranks_per_node.
+
+    Raises:
+        ConfigError: if there is no whole number of nodes.
+    """
+    count = len(placement.slots)
+    if ranks_per_node < 1 or count % ranks_per_node:
+        raise ConfigError(
+            f"{count} ranks are no whole number of nodes of {ranks_per_node}", fix="give nodes equally many ranks"
+        )
+    nodes = range(0, count, ranks_per_node)
+    return Placement(
+        placement.num_experts, tuple(sum(placement.slots[at : at + ranks_per_node], start=()) for at in nodes)
+    )
 
 
 def split(placement: Placement, ranks_per_node: int, slots_per_rank: int | None = None) -> Placement:

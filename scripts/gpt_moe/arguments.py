@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "lazarus_fault_threshold": 1,
     "lazarus_loads": None,
     "lazarus_optimizer_state": "replicated",
+    "lazarus_rebalance_interval": 0,
     "micro_batch_size": 4,
     "global_batch_size": None,
     "train_iters": 100,
@@ -206,7 +207,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         group,
         "--lazarus-loads",
-        "loads that replicas follow: numbers, a JSON file, or a directory of checkpoints (default even)",
+        "loads that replicas follow: numbers, a JSON file, or a directory of checkpoints, whose planned placement is "
+        "used if there is one (default even)",
         metavar="LOADS",
     )
     add(
@@ -214,6 +216,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--lazarus-optimizer-state",
         "every replica has all state of an expert, or they share it out",
         choices=["replicated", "sharded"],
+    )
+    add(
+        group,
+        "--lazarus-rebalance-interval",
+        "steps between two decisions about another placement, which --lazarus-loads carries out (default never)",
+        type=int,
     )
 
     group = parser.add_argument_group("training")
@@ -351,7 +359,9 @@ def validate(args: argparse.Namespace, world_size: int) -> None:
         args.lazarus_slots = max(1, args.num_experts // args.moe_expert_parallel_size)
     expert_ranks = args.moe_expert_parallel_size
     lost = [
-        name for name in ("slots", "fault_threshold", "loads", "optimizer_state") if f"lazarus_{name}" in args.explicit
+        name
+        for name in ("slots", "fault_threshold", "loads", "optimizer_state", "rebalance_interval")
+        if f"lazarus_{name}" in args.explicit
     ]
     slots = args.lazarus_slots * world_size
     problems = [
@@ -368,6 +378,7 @@ def validate(args: argparse.Namespace, world_size: int) -> None:
             args.lazarus and not 1 <= args.lazarus_fault_threshold <= world_size,
             f"--lazarus-fault-threshold {args.lazarus_fault_threshold} must be between 1 and the {world_size} ranks",
         ),
+        (args.lazarus_rebalance_interval < 0, "--lazarus-rebalance-interval is a number of steps, or 0"),
         (args.bf16 and args.fp16, "--bf16 and --fp16 exclude each other"),
         (
             args.hidden_size % args.num_attention_heads,

@@ -115,6 +115,11 @@ def build_ds_config(args: argparse.Namespace, file_config: Mapping[str, Any]) ->
         config["fp16"] = {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 500}
     if args.lazarus:
         config["lazarus"] = {"optimizer_state": args.lazarus_optimizer_state}
+        if args.lazarus_rebalance_interval:
+            config["lazarus"] |= {
+                "rebalance_interval": args.lazarus_rebalance_interval,
+                "fault_threshold": args.lazarus_fault_threshold,
+            }
     conflicts: list[str] = []
     if args.moc:
         section = {"enabled": True, **(args.moc_checkpoint or {})}

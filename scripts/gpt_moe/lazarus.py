@@ -47,16 +47,18 @@ class ReplicatedMoeMlp(MoeInterface, LazarusMoE):
 def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
     """Return a placement for each MoE layer; the same on all ranks.
 
-    Experts get replicas by the tokens in `--lazarus-loads`, or all alike. With several nodes their slots are shared out
+    Where `--lazarus-loads` is a directory whose run planned a placement that fits, that is carried out. Otherwise
+    experts get replicas by the tokens in `--lazarus-loads`, or all alike. With several nodes their slots are shared out
     first, so that the replicas of an expert are on different nodes; on one node its ranks take their place.
 
     Args:
-        args: settled arguments.
+        args: settled arguments; `lazarus_notes` becomes what rank 0 should say about it.
         layers: number of MoE layers.
 
     Raises:
         SystemExit: on all ranks, if the loads cannot be read or the experts do not fit.
     """
+    args.lazarus_notes = []
     found: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -76,15 +78,45 @@ def _placements(args: argparse.Namespace, layers: int) -> list[Placement]:
     world = torch.distributed.get_world_size()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     ranks = ranks if world % ranks == 0 and world > ranks else 1
+    planned = _planned(args, layers, world, ranks)
+    if planned is not None:
+        return planned
     placements = []
     for layer, loads in enumerate(_loads(args, layers)):
         slots = args.lazarus_slots * ranks
         allocation = allocate(loads, world // ranks, slots, args.lazarus_fault_threshold, layer=layer)
         if allocation.note and not layer:
-            print(f" lazarus: {allocation.note}", flush=True)
+            args.lazarus_notes.append(allocation.note)
         nodes = mro(allocation.replicas, world // ranks, slots, layer=layer)
         placements.append(split(nodes, ranks, args.lazarus_slots) if ranks > 1 else nodes)
     return placements
+
+
+def _planned(args: argparse.Namespace, layers: int, world: int, ranks_per_node: int) -> list[Placement] | None:
+    """Return the placement of each layer that a run planned (REBALANCE_PLANNED); None if there is none to use."""
+    if args.lazarus_loads is None or not os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
+        return None
+    from moc_ckpt.cli.placement_input import read_planned
+
+    plan = read_planned(args.lazarus_loads)
+    if plan is None:
+        return None
+    least = min(args.lazarus_fault_threshold, args.lazarus_slots * world // args.num_experts)
+    fits = (
+        plan.ranks_per_node == ranks_per_node
+        and len(plan.placements) == layers
+        and all(
+            [len(held) for held in placement.slots] == [args.lazarus_slots] * world
+            and placement.num_experts == args.num_experts
+            and min(placement.replicas()) >= least
+            for placement in plan.placements
+        )
+    )
+    where = f"the placement planned at step {plan.step} in {args.lazarus_loads}"
+    args.lazarus_notes.append(
+        f"{where} {'is carried out' if fits else 'is for another run: experts are placed by load'}"
+    )
+    return list(plan.placements) if fits else None
 
 
 def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
@@ -94,14 +126,14 @@ def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
         return even
     from moc_ckpt.cli.placement_input import read_checkpoint, read_loads
 
-    own = args.lazarus_loads == args.load
+    own = args.lazarus_loads in (args.load, args.save)
     if own or os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
         try:
             loads = read_checkpoint(args.lazarus_loads, None)
         except CheckpointNotFoundError:
             if not own:
                 raise
-            print(f" lazarus: {args.lazarus_loads} has no checkpoint yet: replicas are even", flush=True)
+            args.lazarus_notes.append(f"{args.lazarus_loads} has no checkpoint yet: all experts are placed alike")
             return even
     else:
         loads = read_loads(args.lazarus_loads)

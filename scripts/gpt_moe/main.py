@@ -106,7 +106,8 @@ def _build_engine(args: argparse.Namespace, ds_config: dict[str, Any], runtime: 
         f"{args.micro_batch_size} x {runtime.world_size} ranks x {args.gradient_accumulation_steps}, checkpoints by "
         f"{'moc_ckpt' if getattr(engine, 'moc', None) is not None else 'DeepSpeed'}"
     )
-    return engine, description
+    notes = [f"\n lazarus: {note}" for note in args.lazarus_notes] if args.lazarus else []
+    return engine, description + "".join(notes)
 
 
 def _leave() -> None:

@@ -45,6 +45,8 @@ class Setting:
     experts: int = EXPERTS
     #: Ranks give their parameters to the optimizer in different orders.
     shuffled: bool = False
+    #: Groups as DeepSpeed's split_params_into_different_moe_groups_for_optimizer makes them.
+    split: bool = False
     client: bool = False
     #: DeepSpeed's FusedAdam, which compiles a kernel.
     fused: bool = False
@@ -201,7 +203,7 @@ def groups_of(setting: Setting, net: Any, rank: int) -> list[dict[str, Any]]:
         {"params": decay, "name": "decay", "weight_decay": 0.1},
         {"params": plain, "name": "plain", "weight_decay": 0.0, "lr": 2e-2},
     ]
-    if setting.placements is None:
+    if setting.placements is None or setting.split:
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
         return split_params_into_different_moe_groups_for_optimizer(groups)

@@ -28,7 +28,7 @@ def case_place(ctx: Any, **given: Any) -> Any:
         sys.path.remove(str(SCRIPTS))
     # Nodes with different numbers of ranks: by itself the last rank would plan for another cluster.
     os.environ["LOCAL_WORLD_SIZE"] = "2" if ctx.rank < 2 else "4"
-    args = {"num_experts": 3, "lazarus_slots": 2, "lazarus_fault_threshold": 1, "load": None} | given
+    args = {"num_experts": 3, "lazarus_slots": 2, "lazarus_fault_threshold": 1, "load": None, "save": None} | given
     try:
         found = attempt(place_experts, argparse.Namespace(**args), 2)
     except SystemExit as error:

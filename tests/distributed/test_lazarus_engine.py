@@ -230,6 +230,24 @@ def test_an_infinite_gradient_on_one_rank_skips_the_step_everywhere(pool: Pool, 
         assert result["moved"]
 
 
+def case_split(ctx: Any) -> list[Any]:
+    """Trains with experts in the dense groups, and in those that DeepSpeed's own function makes of them."""
+    runs = []
+    for split in (False, True):
+        engine = tools.build(Setting(split=split, gas=2))
+        runs.append((*tools.train(engine, 4), tools.whole_state(engine, ctx), len(engine.optimizer.param_groups)))
+        harness.discard(engine)
+        harness.reset()
+    (losses, norms, rates, state, groups), other = runs
+    assert (losses, norms, rates, groups) == (other[0], other[1], other[2], other[4])
+    return oracle.global_differences(state, other[3]) if ctx.rank == 0 else []
+
+
+def test_deepspeeds_groups_of_experts_train_alike(pool: Pool) -> None:
+    """`split_params_into_different_moe_groups_for_optimizer` of the installed version, as for DeepSpeed's own layer."""
+    assert pool.run(WORLD, case_split) == [[]] * WORLD
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -248,6 +266,11 @@ def case_refused(ctx: Any, setting: Setting, rank_of_other: int | None = None) -
         ({"config": (("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "cpu"}}),)}, "offload"),
         ({"config": (("zero_optimization", {"stage": 2, "compute_grad_norm": False}),)}, "compute_grad_norm"),
         ({"config": (("gradient_allreduce_op", "sum"),)}, "gradient_allreduce_op"),
+        ({"config": (("zero_optimization", {"stage": 2, "zenflow": {"topk_ratio": 0.1}}),)}, "ZenFlow"),
+        ({"config": (("expert_parallel", {"enabled": True, "autoep_size": 2}),)}, "AutoEP"),
+        ({"config": (("torch_autocast", {"enabled": True, "dtype": "bfloat16"}),)}, "torch autocast"),
+        ({"config": (("tensor_parallel", {"autotp_size": 2}),)}, "tensor parallelism (TP)"),
+        ({"config": (("sequence_parallel_size", 2),)}, "sequence parallelism"),
         ({"config": (("lazarus", {"optimizer_stat": "sharded"}),)}, "did you mean 'optimizer_state'"),
         ({"config": (("lazarus", {"optimizer_state": "halved"}),)}, "replicated or sharded"),
         ({"config": (("optimizer", {"type": "Adagrad", "params": {"lr": 0.1}}),)}, "Adagrad"),
@@ -261,6 +284,51 @@ def test_what_is_untested_is_refused_by_name(pool: Pool, changes: dict[str, Any]
     for result in pool.run(WORLD, case_refused, setting=Setting().with_(**changes)):
         assert result["moc"], result
         assert name in result["text"]
+
+
+def case_refused_models(ctx: Any) -> dict[str, dict[str, Any]]:
+    """Models that have layers with replicas, and something else."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from deepspeed.moe.layer import MoE
+    from deepspeed.pipe import PipelineModule
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    half = dist.new_subgroups(2)[0]
+
+    def ours(group: Any = None) -> torch.nn.Module:
+        return LazarusMoE(4, lambda: torch.nn.Linear(4, 4), num_experts=2, slots_per_rank=2, group=group, seed=1)
+
+    stages = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
+    models = {
+        "beside": torch.nn.ModuleList([*stages, ours(), MoE(4, torch.nn.Linear(4, 4), num_experts=2)]),
+        "sub-group": torch.nn.ModuleList([*stages, ours(half)]),
+        "pipeline": PipelineModule([*stages, ours()], num_stages=1, loss_fn=torch.nn.MSELoss()),
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+    }
+    return {
+        name: harness.attempt(
+            deepspeed.initialize, model=model, model_parameters=list(model.parameters()), config=dict(config)
+        )
+        for name, model in models.items()
+    }
+
+
+def test_other_layers_groups_and_pipelines_are_refused_by_name(pool: Pool) -> None:
+    for results in pool.run(WORLD, case_refused_models):
+        for name, words in (
+            ("beside", "DeepSpeed's MoE layers beside it"),
+            ("sub-group", "a process group smaller than the world"),
+            ("pipeline", "pipeline parallelism (PP)"),
+        ):
+            assert results[name]["raised"] == "UnsupportedError", results[name]
+            assert words in results[name]["text"]
 
 
 def test_ranks_with_different_placements_are_refused_everywhere(pool: Pool) -> None:

@@ -63,6 +63,7 @@ def test_all_kinds_are_there_under_their_names() -> None:
         "COMMITTED",
         "FAILED",
         "PERSISTED",
+        "REBALANCE_PLANNED",
         "RECOVERED",
         "SKIPPED",
         "SNAPSHOTTED",

@@ -70,6 +70,8 @@ def test_launchers_spell_the_local_rank_differently():
         (["--tokenizer-type", "null", "--data-path", "x"], "--vocab-size"),
         (["--tokenizer-type", "null", "--vocab-size", "9"], "--data-path"),
         (["--lazarus-slots", "3"], "--lazarus-slots needs --lazarus"),
+        (["--lazarus-rebalance-interval", "3"], "--lazarus-rebalance-interval needs --lazarus"),
+        (["--lazarus", "--lazarus-rebalance-interval", "-1"], "is a number of steps"),
         (["--lazarus", "--no-moc"], "--no-moc"),
         (["--lazarus", "--fp16"], "bf16 or fp32"),
         (["--lazarus", "--zero-stage", "0"], "--zero-stage 1 or 2"),
@@ -102,6 +104,16 @@ def test_replicated_experts_by_default_have_deepspeeds_number_of_slots():
     assert args.lazarus_slots == 4
     assert config["lazarus"] == {"optimizer_state": "sharded"}
     assert "lazarus" not in settle([])[1]
+    _, config, _ = settle(
+        ["--lazarus", "--lazarus-rebalance-interval", "500", "--lazarus-fault-threshold", "2"],
+        file_config={"lazarus": {"restart_s": 5}},
+    )
+    assert config["lazarus"] == {
+        "optimizer_state": "replicated",
+        "rebalance_interval": 500,
+        "fault_threshold": 2,
+        "restart_s": 5,
+    }
 
 
 def test_the_plugin_is_on_unless_told_otherwise():

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.lazarus.domains import count_recoverable_domains
-from moc_ckpt.lazarus.history import Costs, LoadHistory, imbalance, plan_rebalance
+from moc_ckpt.lazarus.history import Costs, LoadHistory, imbalance, layer_seconds, plan_rebalance
 from moc_ckpt.lazarus.placement import mro
+from moc_ckpt.lazarus.ranks import join, split
 from moc_ckpt.lazarus.types import Placement
 
 COSTS = Costs(layer_s=0.01, expert_bytes=1e9, bandwidth=1e10, fixed_s=5)
@@ -97,6 +98,41 @@ def test_racks_are_kept_apart() -> None:
         domains=racks,
     )
     assert count_recoverable_domains(found.migration.layers[0].placement, racks)[1] == 3
+
+
+def test_ranks_of_nodes_get_the_plan() -> None:
+    """The plan spreads replicas over nodes; work is compared rank by rank, and only nodes send."""
+    old = split(mro([3] * 4, 3, 4), 2)
+    kept = split(mro([3] * 4, 3, 4), 2)
+    loads = [[90, 10, 10, 10], [5, 5, 5, 5]]
+    found = plan_rebalance(
+        [old, kept], loads, slots=None, fault_threshold=2, steps=10_000, costs=COSTS, ranks_per_node=2
+    )
+    first, second = found.placements
+    assert second == kept and found.allocations[1] is None
+    assert [len(held) for held in first.slots] == [2] * 6
+    nodes = [{*first.slots[2 * node], *first.slots[2 * node + 1]} for node in range(3)]
+    assert all(sum(expert in node for node in nodes) >= 2 for expert in range(4))
+    assert found.before[0] == pytest.approx(imbalance(old, loads[0]))
+    assert found.after[0] == pytest.approx(imbalance(first, loads[0])) and found.after[0] < found.before[0]
+    olds = [{*old.slots[2 * node], *old.slots[2 * node + 1]} for node in range(3)]
+    arrived = {(node, expert) for node in range(3) for expert in nodes[node] - olds[node]}
+    assert {(item.destination, item.expert) for item in found.migration.transfers} == arrived
+    assert found.to_data()["placements"] == [[list(held) for held in item.slots] for item in (first, kept)]
+
+
+def test_ranks_are_joined_to_nodes() -> None:
+    ranks = Placement(3, ((0, 2), (0, 1), (1, 1), (2, 0)))
+    assert join(ranks, 2) == Placement(3, ((0, 0, 1, 2), (0, 1, 1, 2)))
+    assert join(ranks, 1) == ranks
+    with pytest.raises(ConfigError, match="4 ranks are no whole number of nodes of 3"):
+        join(ranks, 3)
+
+
+def test_seconds_of_a_layer_are_its_share_of_what_a_token_passes() -> None:
+    # 600 dense parameters, 100 of each layer's experts; the uneven one takes twice its share: 900 in all.
+    assert layer_seconds(9.0, 600, 100, [1.0, 2.0]) == pytest.approx(1.0)
+    assert layer_seconds(9.0, 0, 0, [1.0]) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ class Directories:
         if self._comm.rank == 0:
             self._committed[url] = manifest
 
+    @property
+    def newest(self) -> tuple[str, int] | None:
+        """URL of the directory that this run opened last, and its attempt there; None before it has opened any.
+
+        Any thread may ask.
+        """
+        opened = list(self._attempts.items())
+        return (opened[-1][0], opened[-1][1].attempt) if opened else None
+
     def look_again(self) -> None:
         """Forgets what was committed: agents have committed since, so the next save reads the directory."""
         self._committed.clear()

@@ -93,6 +93,8 @@ def _wrap_step(engine_class: type) -> None:
             lazarus.follow()  # a snapshot has the options as schedules left them
         if self.global_steps != steps:
             moc.step_done(skipped=self.skipped_steps != skipped)
+            if lazarus is not None:
+                lazarus.step_done()
         return result
 
     engine_class.step = step  # type: ignore[attr-defined]
@@ -103,7 +105,7 @@ def _wrap_destroy(engine_class: type) -> None:
 
     @functools.wraps(original)
     def destroy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for part in (getattr(self, "moc", None), getattr(self, "lazarus", None)):
+        for part in (getattr(self, "lazarus", None), getattr(self, "moc", None)):
             if part is not None:
                 part.close()
         return original(self, *args, **kwargs)

@@ -7,7 +7,6 @@ nor partitions an expert.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,47 +15,23 @@ import torch
 import torch.distributed as dist
 
 from moc_ckpt.comm import Comm
+from moc_ckpt.config import find_config
 from moc_ckpt.errors import ConfigError, ModelMismatchError, UnsupportedError
 from moc_ckpt.integrations.deepspeed.expert_groups import ExpertGroups, separate
+from moc_ckpt.integrations.deepspeed.lazarus_settings import LAZARUS_KEY, LazarusSettings, read_settings
+from moc_ckpt.integrations.deepspeed.rebalance import Rebalancer
+from moc_ckpt.lazarus.history import Rebalance
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.replicas import ExpertParam, LayerReplicas, ReplicaOptimizer, State
+from moc_ckpt.snapshot.places import node_name
 
-__all__ = ["LAZARUS_KEY", "EngineReplicas", "Preparation", "prepare"]
+__all__ = ["EngineReplicas", "Preparation", "prepare"]
 
-LAZARUS_KEY = "lazarus"
-"""Section of a ds_config."""
-_STATES: tuple[State, ...] = ("replicated", "sharded")
 # Their update of an element depends on that element alone, whatever tensor it lies in.
 _ELEMENTWISE = ("Adam", "AdamW", "FusedAdam", "SGD")
 _WRAPPER = "DeepSpeedZeroOptimizer"
 _RENDEZVOUS_S = 120.0
 _WORK_S = 600.0
-
-
-def expert_state(settings: Mapping[str, Any]) -> State:
-    """Returns `lazarus.optimizer_state` of a ds_config.
-
-    Raises:
-        ConfigError: for a wrong value, or an unknown key of the section.
-    """
-    section = settings.get(LAZARUS_KEY, {})
-    known = ["optimizer_state"]
-    unknown = [key for key in section if key not in known] if isinstance(section, Mapping) else [str(section)]
-    if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), known, n=1)
-        raise ConfigError(
-            f"unknown key {LAZARUS_KEY}.{unknown[0]}",
-            where=f"ds_config, key {LAZARUS_KEY!r}",
-            fix=f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}",
-        )
-    state = section.get("optimizer_state", "replicated")
-    if state not in _STATES:
-        raise ConfigError(
-            f"{LAZARUS_KEY}.optimizer_state is {state!r}",
-            where="ds_config",
-            fix=f"choose {' or '.join(_STATES)}",
-        )
-    return state
 
 
 def find_replicated(model: torch.nn.Module) -> list[tuple[str, LazarusMoE]]:
@@ -81,8 +56,15 @@ def prepare(arguments: dict[str, Any], settings: Mapping[str, Any]) -> Preparati
     layers = find_replicated(arguments["model"])
     if not layers:
         return None
-    state = expert_state(settings)
+    section = read_settings(settings)
     _check_settings(settings)
+    moc = find_config(settings)
+    if section.rebalance_interval and not moc.enabled:
+        raise ConfigError(
+            f"{LAZARUS_KEY}.rebalance_interval is {section.rebalance_interval}, and nobody counts tokens",
+            where="ds_config",
+            fix='set "moc_checkpoint": {"enabled": true}, whose ledger has the counts; or rebalance_interval to 0',
+        )
     _check_model(arguments["model"], layers)
     arguments["model_parameters"], groups = separate(
         arguments["model"],
@@ -90,7 +72,7 @@ def prepare(arguments: dict[str, Any], settings: Mapping[str, Any]) -> Preparati
         arguments.get("model_parameters"),
         arguments.get("lr_scheduler"),
     )
-    return Preparation(layers, groups, state)
+    return Preparation(layers, groups, section, moc.timeouts.rendezvous_s)
 
 
 class Preparation:
@@ -99,13 +81,21 @@ class Preparation:
     Args:
         layers: the layers with replicas, with their names.
         groups: what was taken out of DeepSpeed's param groups.
-        state: where the experts' optimizer state is.
+        settings: the section of the ds_config.
+        deadline_s: seconds after which a decision about placements gives up on ranks that do not take part.
     """
 
-    def __init__(self, layers: list[tuple[str, LazarusMoE]], groups: ExpertGroups, state: State) -> None:
+    def __init__(
+        self,
+        layers: list[tuple[str, LazarusMoE]],
+        groups: ExpertGroups,
+        settings: LazarusSettings,
+        deadline_s: float,
+    ) -> None:
         self._layers = layers
         self._groups = groups
-        self._state = state
+        self._settings = settings
+        self._deadline_s = deadline_s
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -132,7 +122,13 @@ class Preparation:
         layers = comm.agree("reading the experts", lambda: self._read(engine), wait="rendezvous")
         signatures = comm.exchange("comparing the experts", lambda: self._signature(layers))
         _check_alike(signatures)
-        return EngineReplicas(engine, layers, self._groups, self._state)
+        rebalancer = None
+        if self._settings.rebalance_interval:
+            nodes = comm.exchange("finding the nodes", node_name)
+            modules = [layer for _, layer in self._layers]
+            # Alike on all ranks, so that they fail together.
+            rebalancer = Rebalancer(engine, modules, self._settings, nodes, self._deadline_s)
+        return EngineReplicas(engine, layers, self._groups, self._settings.optimizer_state, rebalancer)
 
     def _read(self, engine: Any) -> list[LayerReplicas]:
         _check_engine(engine)
@@ -164,7 +160,7 @@ class Preparation:
             for expert, params in layer.experts.items()
         }
         placements = [(layer.where, layer.placement.num_experts, layer.placement.slots) for layer in layers]
-        return (placements, self._groups.followed, self._state), experts
+        return (placements, self._groups.followed, self._settings), experts
 
 
 class EngineReplicas:
@@ -175,13 +171,22 @@ class EngineReplicas:
         layers: the layers with replicas.
         groups: which param groups of DeepSpeed's optimizer experts go with.
         state: where the experts' optimizer state is.
+        rebalancer: looks for better placements; None for no look.
 
     Attributes:
         replicas: the experts' optimizer.
     """
 
-    def __init__(self, engine: Any, layers: list[LayerReplicas], groups: ExpertGroups, state: State) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        layers: list[LayerReplicas],
+        groups: ExpertGroups,
+        state: State,
+        rebalancer: Rebalancer | None = None,
+    ) -> None:
         self._engine = engine
+        self._rebalancer = rebalancer
         self._wrapper = engine.optimizer
         self._followed = groups.followed
         base = self._wrapper.optimizer
@@ -200,6 +205,23 @@ class EngineReplicas:
         self._wrapper.step = self._step
         self._wrapper.scaled_global_norm = self._global_norm
 
+    @property
+    def rebalance(self) -> Rebalance | None:
+        """The latest plan of a better placement, equal on all ranks; None if staying is better, or none is looked for.
+
+        It appears soon after the step at which it was decided, on one rank earlier than on another.
+        """
+        return None if self._rebalancer is None else self._rebalancer.plan
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until `rebalance` is that of the last decision that was due; tells whether it is. Not collective."""
+        return self._rebalancer is None or self._rebalancer.wait(timeout_s)
+
+    def step_done(self) -> None:
+        """Is called after every optimizer step, once the checkpoint's side is done with it; waits for nothing."""
+        if self._rebalancer is not None:
+            self._rebalancer.step_done()
+
     def follow(self) -> None:
         """Takes the options of DeepSpeed's param groups, which schedules change; not collective."""
         groups = self._wrapper.optimizer.param_groups
@@ -208,6 +230,8 @@ class EngineReplicas:
 
     def close(self) -> None:
         """Takes the hooks off parameters and optimizer; not collective, may be repeated."""
+        if self._rebalancer is not None:
+            self._rebalancer.close()
         self.replicas.close()
         for name in ("step", "scaled_global_norm"):
             self._wrapper.__dict__.pop(name, None)
@@ -254,7 +278,7 @@ class EngineReplicas:
 
 
 _Signature = tuple[
-    tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], tuple[int, ...], State],
+    tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], tuple[int, ...], LazarusSettings],
     dict[tuple[str, int], list[tuple[str, str, tuple[int, ...], int | None]]],
 ]
 
@@ -269,8 +293,8 @@ def _check_alike(signatures: list[_Signature]) -> None:
     for rank, (common, _) in enumerate(signatures):
         if common != signatures[0][0]:
             raise ModelMismatchError(
-                f"ranks 0 and {rank} differ in the MoE layers' placements, the experts' param groups or "
-                f"{LAZARUS_KEY}.optimizer_state",
+                f"ranks 0 and {rank} differ in the MoE layers' placements, the experts' param groups or the section "
+                f"{LAZARUS_KEY} of the ds_config",
                 where="deepspeed.initialize",
                 fix="build the model with the same placements, and give all ranks the same ds_config",
             )

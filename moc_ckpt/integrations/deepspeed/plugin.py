@@ -14,6 +14,7 @@ from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import ConfigError
+from moc_ckpt.events import EventKind, EventLog
 from moc_ckpt.integrations.deepspeed.directories import Directories
 from moc_ckpt.integrations.deepspeed.fallback import find_and_read
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, take_over
@@ -305,6 +306,27 @@ class MocCheckpoint:
         seconds = time.perf_counter() - begin
         self.report.recovered(found, self.comm.world, seconds, goes_on=request.continues)
         return store.locate(manifest.tag), found.memory.client_state
+
+    def log_event(self, kind: EventKind, step: int, fields: Mapping[str, Any]) -> bool:
+        """Adds an event to the log of the directory that this run opened last. Not collective; any thread may call it.
+
+        Args:
+            kind: what happened.
+            step: the step that it is about.
+            fields: plain data.
+
+        Returns:
+            Whether there is such a directory.
+        """
+        found, pipeline = self.directories.newest, self.pipeline
+        if found is None:
+            return False
+        url, attempt = found
+        if pipeline is not None:
+            pipeline.host.event(url, kind.value, step, attempt=attempt, **fields)
+        else:
+            EventLog(open_store(url)).write(kind, attempt=attempt, step=step, **fields)
+        return True
 
     def held_memory(self, store: Store) -> HeldMemory | None:
         """Returns the memory that the run before left on this node, if it saved into this directory."""
