@@ -18,7 +18,7 @@ from moc_ckpt.storage.checkpoint import load_manifest
 from moc_ckpt.storage.store import open_store
 
 __all__ = [
-    "Planned",
+    "PlannedPlacements",
     "parse_numbers",
     "parse_racks",
     "read_checkpoint",
@@ -119,7 +119,7 @@ def read_checkpoint(url: str, tag: str | None) -> list[list[float]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedPlacements:
     """A placement that a run wants after a restart.
 
     Attributes:
@@ -133,7 +133,7 @@ class Planned:
     placements: tuple[Placement, ...]
 
 
-def read_planned(url: str) -> Planned | None:
+def read_planned(url: str) -> PlannedPlacements | None:
     """Returns what the newest REBALANCE_PLANNED event of a directory says; None if there is none.
 
     Raises:
@@ -148,7 +148,7 @@ def read_planned(url: str) -> Planned | None:
             Placement(1 + max(map(max, slots)), tuple(tuple(map(int, held)) for held in slots))
             for slots in event.fields["placements"]
         )
-        return Planned(int(event.step or 0), int(event.fields["ranks_per_node"]), placements)
+        return PlannedPlacements(int(event.step or 0), int(event.fields["ranks_per_node"]), placements)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the event {EventKind.REBALANCE_PLANNED.value} of step {event.step} cannot be read: {error}",
