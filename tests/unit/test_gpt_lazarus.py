@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moc_ckpt.cli.placement_input import Planned, read_planned
+from moc_ckpt.cli.placement_input import PlannedPlacements, read_planned
 from moc_ckpt.errors import ConfigError, MocError
 from moc_ckpt.events import EventKind, EventLog
 from moc_ckpt.lazarus.types import Placement
@@ -34,7 +34,7 @@ def test_the_newest_plan_is_read(tmp_path: Path) -> None:
     EventLog(open_store(str(tmp_path)), "m").write(EventKind.SKIPPED, step=8)
     plan(tmp_path, "m", ranks_per_node=3)
     expected = tuple(Placement(3, tuple(map(tuple, slots))) for slots in PLANS)
-    assert read_planned(str(tmp_path)) == Planned(7, 3, expected)
+    assert read_planned(str(tmp_path)) == PlannedPlacements(7, 3, expected)
 
 
 @pytest.mark.parametrize("fields", [{"placements": [[]]}, {"placements": 5}, {"ranks_per_node": None}])
