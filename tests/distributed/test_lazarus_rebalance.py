@@ -131,6 +131,41 @@ def test_what_costs_more_than_it_gains_is_not_planned(pool: Pool, ckpt_dir: str)
         assert (result["plans"], result["events"], result["lines"]) == ([None] * 3, [], [])
 
 
+def case_restored(ctx: Any, path: str) -> dict[str, Any]:
+    """Saves after skewed routing, restores into another engine, and routes evenly there."""
+    engine = tools.build(setting(), plugin={"enabled": True})
+    route(engine, ("skewed", "skewed"))
+    tools.train(engine, INTERVAL - 2)
+    engine.save_checkpoint(path)
+    harness.discard(engine)
+    harness.reset()
+    engine = tools.build(setting(), plugin={"enabled": True})
+    engine.load_checkpoint(path)
+    counted = [sum(map(int, layer)) for layer in engine.moc.ledger.processed]
+    plans = []
+    for names, intervals in ((("even", "even"), 2), (("skewed", "even"), 5)):
+        route(engine, names)
+        for _ in range(intervals * INTERVAL):
+            tools.train(engine, 1)
+            # At the first decision the ledger is as restored, and a step has been timed.
+            if engine.global_steps > INTERVAL and engine.global_steps % INTERVAL == INTERVAL - 1:
+                engine.save_checkpoint(path)
+            assert engine.lazarus.wait(60 * TIME_SCALE)
+            plan = engine.lazarus.rebalance
+            plans.append(None if plan is None else plan.to_data()["imbalance_before"])
+    return {"counted": counted, "plans": plans}
+
+
+def test_after_a_restore_older_tokens_do_not_count(pool: Pool, ckpt_dir: str) -> None:
+    """What a restored ledger has counted may be from other placements; the history begins at the restore."""
+    results = pool.run(WORLD, case_restored, path=ckpt_dir, deadline=120)
+    assert all(result == results[0] for result in results)
+    assert results[0]["counted"] == [(INTERVAL - 2) * WORLD * TOKENS] * 2
+    plans = results[0]["plans"]
+    assert plans[: 2 * INTERVAL] == [None] * (2 * INTERVAL)
+    assert plans[-1] is not None and plans[-1][0] > 1 and plans[-1][1] == 1
+
+
 def case_nodes(ctx: Any, path: str, names: str, threshold: int) -> dict[str, Any]:
     """A skewed layer, on nodes that MOC_NODE names."""
     import os
