@@ -165,7 +165,7 @@ def show(store: Store, found: Found, *, dry_run: bool) -> None:
     label = "on storage now " if found.flush is not None and dry_run else "a restart goes on from "
     console.print(Text.assemble((label, "bold green"), head), soft_wrap=True)
     _show_fallback(manifest, found.replaced, costs)
-    _show_cost(costs)
+    _show_cost(costs, without_memory=found.flush is not None and not found.flushed)
     if found.command:
         words = shlex.join(found.command)
         again = f"cd {shlex.quote(found.cwd)} && {words}" if found.cwd else words
@@ -231,7 +231,8 @@ def _versions(manifest: Manifest, items: Iterable[UnitSource]) -> str:
     return "   ".join(texts)
 
 
-def _show_cost(costs: RestoreCosts) -> None:
+def _show_cost(costs: RestoreCosts, *, without_memory: bool) -> None:
+    """Shows which experts go back further; `without_memory`: what memory holds as well would cost less."""
     console, cost = stdout(), costs.now
     behind = [layer for layer in cost.layers if layer.behind]
     if not cost.layers:
@@ -239,7 +240,8 @@ def _show_cost(costs: RestoreCosts) -> None:
     if not behind:
         console.print("every expert is of that step: nothing is lost")
         return
-    table = Table(title="experts that go back further", title_justify="left")
+    title = "experts that go back further" + (", from storage alone" if without_memory else "")
+    table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("module", overflow="fold")
     table.add_column("steps behind: experts", overflow="fold")
@@ -252,13 +254,13 @@ def _show_cost(costs: RestoreCosts) -> None:
     console.print(table)
     if len(behind) > _SHOWN_LAYERS:
         console.print(f"… and {len(behind) - _SHOWN_LAYERS} more layers (--json has all)")
-    _show_total(cost)
+    _show_total(cost, "from storage alone: " if without_memory else "")
 
 
-def _show_total(cost: RestoreCost) -> None:
+def _show_total(cost: RestoreCost, label: str) -> None:
     if cost.plt is not None and cost.plt_before is not None and cost.tokens is not None:
         stdout().print(
-            f"{cost.tokens:,} tokens lost; PLT {100 * cost.plt_before:.2f} % so far, "
+            f"{label}{cost.tokens:,} tokens lost; PLT {100 * cost.plt_before:.2f} % so far, "
             f"{100 * cost.plt:.2f} % with this restart"
         )
 

@@ -27,6 +27,7 @@ from moc_ckpt.state.unit import parse_expert_unit
 __all__ = ["Holdings", "ask_agent", "read_holdings"]
 
 _ANSWER_S = 10.0
+_DENSE, _EXTRA = "dense", "extra"
 _WHOLE = (SlotState.FILLED, SlotState.PERSISTING, SlotState.COMMITTED)
 
 
@@ -42,7 +43,7 @@ class Holdings:
         alive: whether a process writes it.
         nbytes: bytes that are reserved.
         states: number of slots by state; those that are free too.
-        dense: steps of the dense states that are whole, the newest first.
+        dense: steps of the dense states that are whole and have the small state that belongs to them, the newest first.
         experts: number of experts that have a whole version.
         versions: number of their versions.
         oldest: step of the expert whose newest version is the oldest; None if there is none.
@@ -82,6 +83,8 @@ def read_holdings(path: Path) -> Holdings:
     experts = [slot for slot in whole if parse_expert_unit(slot.unit) is not None]
     for slot in experts:
         newest[slot.unit] = max(slot.step, newest.get(slot.unit, slot.step))
+    # The small state is written last: without it nothing can be restored at that step.
+    complete = {slot.step for slot in whole if slot.unit == _EXTRA}
     return Holdings(
         path,
         run,
@@ -90,7 +93,7 @@ def read_holdings(path: Path) -> Holdings:
         writer is not None,
         nbytes,
         states,
-        tuple(sorted({slot.step for slot in whole if slot.unit == "dense"}, reverse=True)),
+        tuple(sorted({slot.step for slot in whole if slot.unit == _DENSE} & complete, reverse=True)),
         len(newest),
         len(experts),
         min(newest.values(), default=None),

@@ -43,7 +43,7 @@ def why_snapshot(chosen: int, settings: Settings, save_s: float, max_stall: floa
         max_stall: share of the training time that stalls may take.
     """
     if settings.snapshot_interval != AUTO:
-        return f"snapshots {_every(chosen)} (configured)"
+        return f"snapshots {_configured(chosen)}"
     if not save_s:
         why = "they cost nothing"
     elif settings.mtbf_s is None:
@@ -68,7 +68,9 @@ def why_persist(written: int, snapshot: int, nbytes: int, settings: Settings, me
         margin: a persist is taken to last that share longer.
     """
     if settings.persist_interval != AUTO:
-        return f"persists {_every(written)} (configured)"
+        return (
+            f"persists {_every(written)} (configured)" if written else "persists with save_checkpoint only (configured)"
+        )
     bandwidth = measured.persist_bytes_per_s
     if bandwidth is None:
         return f"persists {_every(written)}: until one is measured"
@@ -82,6 +84,10 @@ def why_persist(written: int, snapshot: int, nbytes: int, settings: Settings, me
     if snapshot > 1:
         why += f"; a multiple of the snapshot interval {snapshot}"
     return f"persists {_every(written)}: {why}"
+
+
+def _configured(interval: int) -> str:
+    return f"{_every(interval) if interval else 'with save_checkpoint only'} (configured)"
 
 
 def _every(interval: int) -> str:

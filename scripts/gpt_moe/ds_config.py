@@ -122,7 +122,9 @@ def build_ds_config(args: argparse.Namespace, file_config: Mapping[str, Any]) ->
             }
     conflicts: list[str] = []
     if args.moc:
-        section = {"enabled": True, **(args.moc_checkpoint or {})}
+        # By its directory a start finds the memory of the run before.
+        named = {"save_dir": args.save} if args.save else {}
+        section = {"enabled": True, **named, **(args.moc_checkpoint or {})}
         in_file = file_config.get("moc_checkpoint", {})
         for key, value in (args.moc_checkpoint or {}).items():
             if key in in_file and in_file[key] != value:

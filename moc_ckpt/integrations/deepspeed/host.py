@@ -139,6 +139,11 @@ class Host:
             arena=str(self.arena.path),
         )
         unnamed = self.job.startswith(UNNAMED)
+        if unnamed and config.snapshot_interval and comm.rank == 0:
+            logger.warning(
+                "after a crash nobody finds what memory holds: this run has neither save_dir in moc_checkpoint nor "
+                "MOC_JOB_ID; set one of them, and the next start goes on from memory"
+            )
         self.agent = AgentClient(
             self._folder,
             hello,

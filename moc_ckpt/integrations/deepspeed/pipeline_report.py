@@ -119,12 +119,11 @@ class PipelineReport:
     def retuned(self, tuner: Tuner) -> None:
         """Reports that K or an interval has changed."""
         if self._rank == 0:
-            logger.info(
-                "auto: K %s, a snapshot every %d steps, a persist every %d steps",
-                tuner.k,
-                tuner.snapshot_interval,
-                tuner.persist_interval,
-            )
+            every = [
+                f"{what} every {steps} steps" if steps else f"{what}s with save_checkpoint only"
+                for what, steps in (("snapshot", tuner.snapshot_interval), ("persist", tuner.persist_interval))
+            ]
+            logger.info("auto: K %s, %s", tuner.k, ", ".join(every))
 
     def not_opened(self, save_dir: str, error: Exception) -> None:
         """Reports that automatic checkpoints cannot begin now."""
