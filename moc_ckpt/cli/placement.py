@@ -19,12 +19,15 @@ from moc_ckpt.lazarus.placement import PLACEMENTS
 from moc_ckpt.lazarus.probability import TooManyStatesError, count_recoverable, probabilities, recoverable_bound
 from moc_ckpt.lazarus.ranks import split
 from moc_ckpt.lazarus.types import Placement
+from moc_ckpt.state.unit_text import number_ranges
 
 __all__ = ["LayerPlan", "Planned", "placement"]
 
 _LOADS = "loads: one of these"
 _CLUSTER = "the nodes"
 _MOVE = "moving from an old plan"
+# About 10 s.
+_MOST_NODES = 2048
 _OUTPUT = "output"
 
 Probabilities = dict[str, tuple[float, ...] | None]
@@ -160,9 +163,15 @@ def placement(
         if before is None and (gone or joined or from_checkpoint):
             raise ConfigError("there is no old plan", where="--failed, --joined, --from-checkpoint", fix="give --old")
         if nodes is None and before is not None:
-            nodes = len(before[0].slots) - len(set(gone)) + joined
+            nodes = len(next(iter(before.values())).slots) - len(set(gone)) + joined
         if nodes is None or slots is None:
             raise ConfigError("the cluster is not known", where="--nodes, --slots", fix="give both")
+        if nodes > _MOST_NODES:
+            raise ConfigError(
+                f"{nodes:,} nodes: survival is counted exactly, and for more than {_MOST_NODES:,} that takes minutes",
+                where="--nodes",
+                fix="plan a part of the cluster; placements of its parts are independent of each other",
+            )
         given = _given(loads, checkpoint, tag, skew, experts, replicas)
         threshold = min(2, nodes) if fault_threshold is None else fault_threshold
         rack_of = parse_racks(racks, nodes) if racks is not None else None
@@ -175,18 +184,26 @@ def placement(
         )
         migration = None
         if before is not None:
-            if layer is not None and len(before) > 1:
-                before = before[layer : layer + 1]
+            ordinals = [item.layer for item in plans]
+            if layer is not None:
+                before = {name: held for name, held in before.items() if name == layer}
+            if list(before) != ordinals:
+                raise ConfigError(
+                    f"the old plan has not the MoE layers {number_ranges(ordinals)}",
+                    where=f"--old {old}",
+                    fix="plan the same layers as it, or one of them with --layer",
+                )
             from moc_ckpt.lazarus.migration import migrate  # needs scipy, whose import takes long
 
             migration = migrate(
-                before,
+                list(before.values()),
                 [item.mro for item in plans],
                 failed=gone,
                 joined=joined,
                 allow_checkpoint=from_checkpoint,
                 domains=rack_of,
                 plan_domains=rack_of,
+                first_layer=ordinals[0],
             )
         found = Planned(nodes, slots, plans, _together(plans), rack_of, migration)
         if plot is not None:

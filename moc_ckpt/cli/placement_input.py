@@ -206,8 +206,8 @@ def parse_racks(text: str, nodes: int) -> tuple[int, ...]:
     return tuple(names[name] for name in numbers)
 
 
-def read_plan(path: Path) -> tuple[Placement, ...]:
-    """Returns the placements of an earlier `moc-ckpt placement --json`.
+def read_plan(path: Path) -> dict[int, Placement]:
+    """Returns the placements of an earlier `moc-ckpt placement --json` by MoE layer.
 
     Raises:
         ConfigError: if the file is none.
@@ -218,10 +218,12 @@ def read_plan(path: Path) -> tuple[Placement, ...]:
         # A plan that was itself a migration: its nodes have taken their places since.
         moved = data.get("migration", {}).get("placement")
         slots = moved if moved is not None else [layer["placement"] for layer in layers]
-        found = tuple(
-            Placement(len(layer["replicas"]), tuple(tuple(map(int, held)) for held in held_by_node))
-            for layer, held_by_node in zip(layers, slots, strict=True)
-        )
+        found = {
+            int(layer.get("layer", ordinal)): Placement(
+                len(layer["replicas"]), tuple(tuple(map(int, held)) for held in held_by_node)
+            )
+            for ordinal, (layer, held_by_node) in enumerate(zip(layers, slots, strict=True))
+        }
         if not found:
             raise ValueError("it has no MoE layer")
         return found

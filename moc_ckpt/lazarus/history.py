@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -224,7 +225,8 @@ def plan_rebalance(
     """
     if len(current) != len(loads) or not current:
         raise ConfigError(f"loads of {len(loads)} MoE layers for placements of {len(current)}", fix="give one for each")
-    if costs.layer_s < 0 or costs.expert_bytes < 0 or costs.bandwidth <= 0 or costs.fixed_s < 0 or steps < 0:
+    numbers = (costs.layer_s, costs.expert_bytes, costs.bandwidth, costs.fixed_s)
+    if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or not costs.bandwidth or steps < 0:
         raise ConfigError("costs are negative, or the bandwidth is not positive", where=str(costs))
     present = [join(now, ranks_per_node) for now in current]
     rooms = [max(map(len, now.slots)) if slots is None else slots for now in current]

@@ -104,6 +104,7 @@ def migrate(
     allow_checkpoint: bool = False,
     domains: Sequence[int] | None = None,
     plan_domains: Sequence[int] | None = None,
+    first_layer: int = 0,
 ) -> Migration:
     """Plans a migration (pure).
 
@@ -120,14 +121,16 @@ def migrate(
         domains: for each node after it (in the order of `Migration.nodes`) its failure domain; with `plan_domains` a
             node only takes a place of its own domain.
         plan_domains: for each place of the plan its failure domain.
+        first_layer: ordinal of the first of these MoE layers, in transfers and messages.
 
     Raises:
         ConfigError: if layers, experts, nodes or domains do not belong together.
         MocError: if an expert has no live copy; it names expert and layer.
     """
-    nodes = _nodes(old, plan, failed, joined)
+    nodes = _nodes(old, plan, failed, joined, first_layer)
     apart = _apart(domains, plan_domains, len(nodes))
-    new_experts = [(layer, expert) for layer in range(len(old)) for expert in _lost(old[layer], plan[layer], nodes)]
+    pairs = list(enumerate(zip(old, plan, strict=True), first_layer))
+    new_experts = [(layer, expert) for layer, (before, after) in pairs for expert in _lost(before, after, nodes)]
     if new_experts and not allow_checkpoint:
         layer, expert = new_experts[0]
         more = f" (and {len(new_experts) - 1} more)" if len(new_experts) > 1 else ""
@@ -138,7 +141,7 @@ def migrate(
         )
     layers, needs = [], []
     choices: dict[Hashable, Sequence[int]] = {}
-    for layer, (before, after) in enumerate(zip(old, plan, strict=True)):
+    for layer, (before, after) in pairs:
         holds = _holds(before, nodes)
         wants = _holds(after, range(len(nodes)))
         cost = wants.sum(axis=1)[None, :] - holds.astype(np.int64) @ wants.T.astype(np.int64)
@@ -164,7 +167,9 @@ def migrate(
     return Migration(nodes, tuple(layers), tuple(transfers))
 
 
-def _nodes(old: Sequence[Placement], plan: Sequence[Placement], failed: Sequence[int], joined: int) -> tuple[int, ...]:
+def _nodes(
+    old: Sequence[Placement], plan: Sequence[Placement], failed: Sequence[int], joined: int, first_layer: int
+) -> tuple[int, ...]:
     if len(old) != len(plan) or not old:
         raise ConfigError(
             f"the new plan has {len(plan)} MoE layers and the old one {len(old)}", fix="plan for the same model"
@@ -178,7 +183,7 @@ def _nodes(old: Sequence[Placement], plan: Sequence[Placement], failed: Sequence
             fix="name nodes of the old plan",
         )
     nodes = tuple(node for node in range(count) if node not in set(failed)) + tuple(range(count, count + joined))
-    for layer, (before, after) in enumerate(zip(old, plan, strict=True)):
+    for layer, (before, after) in enumerate(zip(old, plan, strict=True), first_layer):
         if before.num_experts != after.num_experts:
             raise ConfigError(
                 f"the new plan has {after.num_experts} experts and the old one {before.num_experts}",

@@ -286,6 +286,33 @@ def test_what_is_untested_is_refused_by_name(pool: Pool, changes: dict[str, Any]
         assert name in result["text"]
 
 
+def case_own_group(ctx: Any) -> dict[str, Any]:
+    """One expert has a param group of its own, on the ranks that hold it."""
+    import deepspeed
+
+    net = tools.build_model(Setting(), 1)
+    params = [param for param in net.parameters() if param.requires_grad]
+    own = [param for param in params if getattr(param, "lazarus", False) and param.expert_id == 0]
+    groups: list[dict[str, Any]] = [{"params": [param for param in params if all(param is not other for other in own)]}]
+    groups += [{"params": own, "lr": 1e-5}] if own else []
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    found = harness.attempt(deepspeed.initialize, model=net, model_parameters=groups, config=config)
+    return {**found, "held": bool(own)}
+
+
+def test_what_is_wrong_on_some_ranks_is_refused_on_all(pool: Pool) -> None:
+    """The others would wait for them while DeepSpeed builds its engine."""
+    results = pool.run(WORLD, case_own_group)
+    assert {result["held"] for result in results} == {True, False}
+    for result in results:
+        assert result["moc"], result
+        assert "no group of dense parameters has its options" in result["text"]
+
+
 def case_refused_models(ctx: Any) -> dict[str, dict[str, Any]]:
     """Models that have layers with replicas, and something else."""
     import deepspeed

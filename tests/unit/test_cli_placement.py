@@ -245,6 +245,7 @@ def test_an_expert_without_a_live_copy(tmp_path: Path) -> None:
         (("--loads", "1,1", "--nodes", 2, "--slots", 2, "--racks", "0,1,1"), "racks of 3 nodes, and there are 2"),
         (("--loads", "1,1", "--nodes", 2, "--slots", 2, "--tag", "t"), "--tag is a checkpoint's"),
         (("--loads", "1,1", "--slots", 2, "--old", "/none.json"), "old plan cannot be read"),
+        (("--loads", "1,1", "--nodes", 100_000, "--slots", 2), "100,000 nodes: survival is counted exactly"),
     ],
 )
 def test_wrong_use(args: tuple[object, ...], message: str) -> None:
@@ -314,3 +315,19 @@ main()
         [sys.executable, "-c", code, "--plot", "x.svg"], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr
+
+
+def test_one_layer_of_an_old_plan_keeps_its_number(tmp_path: Path) -> None:
+    loads, old = tmp_path / "loads", tmp_path / "old.json"
+    loads.write_text("1,1,1\n2,1,1\n1,2,6\n")
+    cluster = ("--loads", loads, "--nodes", 4, "--slots", 2)
+    old.write_text(run(*cluster, "--json")[1])
+    change = ("--loads", loads, "--slots", 2, "--old", old, "--failed", 1, "--joined", 1)
+    every, one = data(*change), data(*change, "--layer", 2)
+    moved = [item for item in every["migration"]["transfers"] if item["layer"] == 2]
+    assert moved and {item["layer"] for item in one["migration"]["transfers"]} == {2}
+    key = sorted((item["expert"], item["destination"]) for item in moved)
+    assert key == sorted((item["expert"], item["destination"]) for item in one["migration"]["transfers"])
+    old.write_text(run(*cluster, "--layer", 0, "--json")[1])
+    assert "the old plan has not the MoE layers 2" in refused(*change, "--layer", 2)
+    assert "the old plan has not the MoE layers 0-2" in refused(*change)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moc_ckpt.errors import ConfigError
@@ -54,8 +56,15 @@ class Model(nn.Module):
         self.moe = LazarusMoE(4, lambda: nn.Linear(4, 4), num_experts=3)
 
 
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("moc", [{}, {"moc_checkpoint": {"enabled": False}}])
-def test_without_the_ledger_there_is_nothing_to_decide_on(moc: dict[str, Any]) -> None:
+def test_without_the_ledger_there_is_nothing_to_decide_on(world_of_one: None, moc: dict[str, Any]) -> None:
     settings = {"zero_optimization": {"stage": 2}, "lazarus": {"rebalance_interval": 10}, **moc}
     with pytest.raises(ConfigError, match=r"(?s)rebalance_interval is 10, and nobody counts tokens.*moc_checkpoint"):
         prepare({"model": Model()}, settings)

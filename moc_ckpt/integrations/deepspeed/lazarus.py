@@ -40,7 +40,7 @@ def find_replicated(model: torch.nn.Module) -> list[tuple[str, LazarusMoE]]:
 
 
 def prepare(arguments: dict[str, Any], settings: Mapping[str, Any]) -> Preparation | None:
-    """Readies the arguments of DeepSpeedEngine for a model with replicas. Not collective.
+    """Readies the arguments of DeepSpeedEngine for a model with replicas; collective for such a model.
 
     Args:
         arguments: by name; `model_parameters` is replaced, and experts are taken out of `optimizer`.
@@ -50,12 +50,20 @@ def prepare(arguments: dict[str, Any], settings: Mapping[str, Any]) -> Preparati
         What is needed to build the engine; None, and nothing touched, for a model without such layers.
 
     Raises:
-        UnsupportedError: naming what cannot be trained with replicas.
-        ConfigError: if the ds_config's section is wrong.
+        UnsupportedError: on all ranks, naming what cannot be trained with replicas.
+        ConfigError: on all ranks, if the ds_config's section is wrong.
     """
     layers = find_replicated(arguments["model"])
     if not layers:
         return None
+    # Ranks hold other experts, so what is wrong may be wrong on some alone; the others would build and wait for them.
+    comm = Comm(rendezvous_s=_RENDEZVOUS_S, commit_s=_WORK_S)
+    return comm.agree("readying the experts", lambda: _prepare(arguments, settings, layers), wait="rendezvous")
+
+
+def _prepare(
+    arguments: dict[str, Any], settings: Mapping[str, Any], layers: list[tuple[str, LazarusMoE]]
+) -> Preparation:
     section = read_settings(settings)
     _check_settings(settings)
     moc = find_config(settings)
