@@ -41,7 +41,7 @@ class Target(str, Enum):
 
 def export(
     directory: Directory,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write; must not exist or be empty.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write: a new or an empty one.")],
     to: Annotated[
         Target,
         typer.Option(

@@ -17,7 +17,7 @@ def import_checkpoint(
     directory: Annotated[
         str, typer.Argument(metavar="NATIVE_DIR", help="What was given to DeepSpeed's save_checkpoint.")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write; must not exist or be empty.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write: a new or an empty one.")],
     tag: Annotated[
         str | None, typer.Option("--tag", help="Checkpoint; without it the one that `latest` names.")
     ] = None,

@@ -86,7 +86,7 @@ def _tree(target: str, directory: Path) -> Tree:
         raise ConfigError(
             "this needs libcst, which is not installed",
             where="the Python environment of moc-ckpt",
-            fix='pip install libcst, or pip install "moc_ckpt[patch]"',
+            fix="pip install libcst",
         ) from error
     from moc_ckpt.patching.targets import TARGETS
     from moc_ckpt.patching.tree import Tree

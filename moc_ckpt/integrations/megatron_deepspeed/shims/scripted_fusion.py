@@ -34,7 +34,7 @@ SHIM = Concern(
     name="scripted-fusion",
     why="the first calls of a scripted function are profiled and round otherwise than the later, optimized ones; with "
     "--bf16 the first step of a resumed run then differs in the sixth digit",
-    since="Megatron-DeepSpeed of 2020, PyTorch 1.10",
+    since="Megatron-DeepSpeed of January 2021",
     replaces="the defaults of --no-bias-dropout-fusion and --no-bias-gelu-fusion",
     find=_find,
     install=_install,
