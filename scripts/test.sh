@@ -23,8 +23,8 @@ if [ "$#" -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 status=0
-step "pytest: unit tests, on all cores"
-python -m pytest -n auto tests/unit || status=$?
+step "pytest: unit tests, on up to four cores"
+python -m pytest -n auto --maxprocesses 4 tests/unit || status=$?
 step "pytest: tests that start processes, one after the other"
 python -m pytest tests/distributed tests/faults tests/gpu tests/mds || status=$?
 exit "$status"
