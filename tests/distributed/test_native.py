@@ -292,6 +292,29 @@ def change(path: Path, edit: Any) -> None:
 MODEL = "mp_rank_00_model_states.pt"
 
 
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle the member of an enum: by getattr."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enums_are_read_from_every_python(native: Path, tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for path in (native / "t").glob("*optim_states.pt"):
+        member = ByName(ZeroStageEnum, "gradients")
+        change(path, lambda data, member=member: data["optimizer_state_dict"].update(zero_stage=member))
+    verb("import", str(native), str(tmp_path / "ours"))
+    verb("verify", str(tmp_path / "ours"))
+    change(path, lambda data: data["optimizer_state_dict"].update(zero_stage=ByName(ZeroStageEnum, "mro")))
+    status, text = refusal("import", str(native), str(tmp_path / "other"))
+    assert status == 2 and "needs unpickling of builtins.getattr" in text
+
+
 def test_objects_need_trust(native: Path, tmp_path: Path) -> None:
     from fractions import Fraction
 

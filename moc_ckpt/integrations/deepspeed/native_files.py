@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import pickle
 import sys
@@ -158,4 +159,16 @@ def _known_classes() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [OrderedDict, defaultdict, torch.Size, LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    classes = [OrderedDict, defaultdict, torch.Size, LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    return [*classes, _enum_member]
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """Stands in for `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of an enum, and does only that."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.getattr")
+    return owner[name]
+
+
+# The names by which files ask for it.
+_enum_member.__module__, _enum_member.__name__, _enum_member.__qualname__ = "builtins", "getattr", "getattr"
