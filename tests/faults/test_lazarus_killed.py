@@ -9,11 +9,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import agent_tools
 import pytest
 from distributed.pool import ROOT, TIME_SCALE, worker_env
+
+from moc_ckpt.snapshot.places import agent_lock_path
 
 pytestmark = [
     pytest.mark.distributed,
@@ -21,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core"),
 ]
 
-MEMORY = {"snapshot_interval": 1, "k_snapshot": 8, "host": {"on_busy": "wait", "linger_s": 30.0}}
+MEMORY = {"snapshot_interval": 1, "k_snapshot": 8, "host": {"on_busy": "wait", "linger_s": 600.0}}
 
 
 @pytest.fixture
@@ -29,6 +33,9 @@ def shared() -> Iterator[Path]:
     """Shared memory of this test alone; short, for a socket's path has 108 bytes."""
     path = Path(tempfile.mkdtemp(prefix="moc_t", dir="/dev/shm"))
     yield path
+    for lock in path.rglob(agent_lock_path(Path()).name):
+        with suppress(OSError, ValueError):
+            agent_tools.end_agent(int(lock.read_text()), lock.parent)
     shutil.rmtree(path, ignore_errors=True)
 
 
