@@ -120,7 +120,7 @@ def _line(held: Holdings) -> str:
         return f"rank {held.rank}: memory cannot be read: {held.error}"
     if not held.versions and not held.dense:
         return f"rank {held.rank}: nothing that is whole"
-    dense = ", ".join(map(str, held.dense[:_SHOWN_STEPS])) or "none"
+    dense = ", ".join(map(str, held.restorable[:_SHOWN_STEPS])) or "none"
     experts = f"; {held.experts} experts of steps {held.oldest} to {held.newest}" if held.experts else ""
     return f"rank {held.rank}: dense state of steps {dense}{experts}"
 

@@ -43,12 +43,13 @@ class Holdings:
         alive: whether a process writes it.
         nbytes: bytes that are reserved.
         states: number of slots by state; those that are free too.
-        dense: steps of the dense states that are whole and have the small state that belongs to them, the newest first.
+        dense: steps of the dense states that are whole, the newest first.
         experts: number of experts that have a whole version.
         versions: number of their versions.
         oldest: step of the expert whose newest version is the oldest; None if there is none.
         newest: step of the newest expert; likewise.
         error: why it cannot be read; the rest is empty then.
+        restorable: those of `dense` that have the small state that belongs to them.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Holdings:
     oldest: int | None = None
     newest: int | None = None
     error: str = ""
+    restorable: tuple[int, ...] = ()
 
 
 def read_holdings(path: Path) -> Holdings:
@@ -85,6 +87,7 @@ def read_holdings(path: Path) -> Holdings:
         newest[slot.unit] = max(slot.step, newest.get(slot.unit, slot.step))
     # The small state is written last: without it nothing can be restored at that step.
     complete = {slot.step for slot in whole if slot.unit == _EXTRA}
+    dense = sorted({slot.step for slot in whole if slot.unit == _DENSE}, reverse=True)
     return Holdings(
         path,
         run,
@@ -93,11 +96,12 @@ def read_holdings(path: Path) -> Holdings:
         writer is not None,
         nbytes,
         states,
-        tuple(sorted({slot.step for slot in whole if slot.unit == _DENSE} & complete, reverse=True)),
+        tuple(dense),
         len(newest),
         len(experts),
         min(newest.values(), default=None),
         max(newest.values(), default=None),
+        restorable=tuple(step for step in dense if step in complete),
     )
 
 

@@ -88,11 +88,10 @@ def make_arena(folder: Path, rank: int = 0, *, keep: bool = False) -> Arena:
         dense = table.filled(table.begin("dense", [("dense", MIB, b"")], attempt=1, step=step) or [])
         names = [(f"expert/0/{expert}", 65536, b"") for expert in range(first, first + 4)]
         table.filled(table.begin("experts", names, attempt=1, step=step) or [])
-        table.filled(table.begin("extra", [("extra", 4096, b"")], attempt=1, step=step) or [])
+        if step == 100:
+            table.filled(table.begin("extra", [("extra", 4096, b"")], attempt=1, step=step) or [])
         if step == 90:
             table.unpin(table.pin(dense), committed=True)
-    # What a kill left: one step lacks its small state, the other some of its tensors.
-    table.filled(table.begin("dense", [("dense", MIB, b"")], attempt=1, step=105) or [])
     table.begin("dense", [("dense", MIB, b"")], attempt=1, step=110)
     return arena
 
@@ -126,8 +125,9 @@ def test_what_an_arena_holds_is_read_without_disturbing_it(shared_memory: Path) 
     )
     assert seen.stdout.split() == ["True", str(os.getpid())]
     held = read_holdings(arena.path)
-    assert held.states == {"FREE": 18, "FILLING": 1, "FILLED": 12, "PERSISTING": 0, "COMMITTED": 1}
+    assert held.states == {"FREE": 20, "FILLING": 1, "FILLED": 10, "PERSISTING": 0, "COMMITTED": 1}
     assert (held.dense, held.experts, held.versions, held.oldest, held.newest) == ((100, 90), 6, 8, 90, 100)
+    assert held.restorable == (100,)
     assert (held.run, held.rank, held.error) == ("r1", 0, "")
     assert arena.array.tobytes() == before
     arena.close()
@@ -148,8 +148,8 @@ def test_memory_whose_agent_and_trainer_are_gone_is_shown(shared_memory: Path) -
     assert result.exit_code == 1
     text = result.output
     assert "job job" in text and "no agent lives here" in text and text.count("dead") == 3
-    assert "100, 90" in text and "6 at 90 to 100" in text and "1 filling, 12 filled, 1 committed" in text
-    assert "18 of 32 free" in text and "rank 7, r0.rank_00007.arena: the arena was not finished" in text
+    assert "100, 90" in text and "6 at 90 to 100" in text and "1 filling, 10 filled, 1 committed" in text
+    assert "20 of 32 free" in text and "rank 7, r0.rank_00007.arena: the arena was not finished" in text
     (job,) = as_json("status", code=1)["jobs"]
     assert job["agent"] is None and job["problem"] == "no agent lives here" and job["newest_step"] == 100
     assert [rank["rank"] for rank in job["ranks"]] == [0, 1, 7]
@@ -290,5 +290,5 @@ def test_watch_shows_it_anew_until_it_is_interrupted(shared_memory: Path) -> Non
             process.kill()
             process.wait()
         os.close(leader)
-    assert b"18 of 32 free" in seen and b"Ctrl-C ends" in seen
+    assert b"20 of 32 free" in seen and b"Ctrl-C ends" in seen
     assert call("status", "--watch", "--json").exit_code == 2
