@@ -26,6 +26,7 @@ _LANGUAGE = "megatron/model/language_model.py"
 _PACKAGE = "megatron/__init__.py"
 _SAMPLERS = "megatron/data/data_samplers.py"
 _TRANSFORMER = "megatron/model/transformer.py"
+_UTILS = "megatron/utils.py"
 
 # What the stand-ins for apex cover, and the modules that a language model does not import.
 _COVERED = {"apex.optimizers", "apex.normalization", "apex.normalization.fused_layer_norm", "apex.multi_tensor_apply"}
@@ -125,7 +126,8 @@ def _needs_options(source: Source, options: Mapping[str, str]) -> list[str]:
         values = [arg.value.evaluated_value for arg in call.args if isinstance(arg.value, cst.SimpleString)]
         for flag, dest in options.items():
             if flag in values:
-                if dest not in values:
+                # argparse names an attribute by the option unless it is told.
+                if dest not in values and dest != flag.lstrip("-").replace("-", "_"):
                     raise Missing(source.file, "", f"{flag} with dest={dest!r}")
                 found.append(dest)
     if not found:
@@ -235,6 +237,15 @@ def _loader_rng(tree: Tree) -> Hunks:
         TRAINING: (decorated("loader-rng", iterators, iterators.name),),
         _SAMPLERS: (decorated("loader-rng", loader, loader.name),),
     }
+
+
+def _kill_switch(tree: Tree) -> Hunks:
+    _needs_options(tree.source(ARGUMENTS), {"--kill-switch-file": "kill_switch_file"})
+    function = tree.source(_UTILS).require("found_kill_switch")
+    together = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "broadcast_object_list")
+    if function.findall(m.Call(func=m.Attribute(attr=m.OneOf(*map(m.Name, together))))):
+        raise NotNeeded("the ranks look together")
+    return {_UTILS: (decorated("kill-switch", function, function.name),)}
 
 
 def _universal_info(tree: Tree) -> Hunks:
@@ -382,6 +393,16 @@ FIXES = (
         since="all versions",
         imports_us=True,
         find=_loader_rng,
+    ),
+    Patch(
+        name="kill-switch",
+        why="a kill switch that appears after some ranks have looked ends the others only; those that train on hang "
+        "or die",
+        does=f"`found_kill_switch` in {_UTILS}, decorated, tells what any rank found (one number per step, only with "
+        "--kill-switch-file)",
+        since="all versions with --kill-switch-file",
+        imports_us=True,
+        find=_kill_switch,
     ),
     Patch(
         name="scripted-fusion",

@@ -198,7 +198,8 @@ class Place:
             launcher: what comes between the interpreter and the script.
             before: options of the launcher.
             section: "moc_checkpoint" of the ds_config.
-            at: what happens once an iteration is printed: `kill` all ranks, `term` rank 0, or a file is made.
+            at: what happens once an iteration is printed: `kill` all ranks, `term` rank 0, or a file of this name is
+                made where the last rank works, and only there.
         """
         port = free_port()
         config = self.ds_config(world, dtype, section)
@@ -220,8 +221,12 @@ class Place:
             command = [sys.executable, *launcher, f"--local_rank={rank}" if "-m" in launcher else "", *before]
             command = [*filter(None, command), str(self.tree.script), *own]
             logs.append(self.folder / f"run{self.runs}.rank{rank}.log")
+            own_folder = self.folder / f"rank{rank}"
+            own_folder.mkdir(exist_ok=True)
             with logs[-1].open("wb") as log:
-                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+                processes.append(
+                    subprocess.Popen(command, env=env, cwd=own_folder, stdout=log, stderr=subprocess.STDOUT)
+                )
             if rank == 0:
                 shown = " ".join(command[1:]).replace(str(HERE.parent.parent), ".")
                 self.transcript.append(f"[world {world}] python {shown}")
@@ -240,7 +245,7 @@ class Place:
                 elif what == "term":
                     processes[0].send_signal(signal.SIGTERM)
                 else:
-                    Path(what).touch()
+                    (own_folder / what).touch()
             codes = [process.wait(PATIENCE_S) for process in processes]
         finally:
             for process in processes:

@@ -75,6 +75,7 @@ def _add_args(parser):
 \t\t\t\t\t   dest='masked_softmax_fusion')
 \tgroup.add_argument('--no-gradient-accumulation-fusion', action='store_false', dest='gradient_accumulation_fusion')
 \tgroup.add_argument('--no-bias-gelu-fusion', dest='bias_gelu_fusion', action='store_false')
+\tgroup.add_argument('--kill-switch-file', type=str, default=None)
 \treturn parser
 """,
 ]
@@ -180,6 +181,14 @@ class TransformerLanguageModel(Module):
 """
 ]
 
+_UTILS = [
+    """
+{decorator}def found_kill_switch():
+\targs = get_args()
+\treturn args.kill_switch_file is not None and os.path.exists(args.kill_switch_file)
+"""
+]
+
 _PACKAGE = ["\n__all__ = []\n"]
 
 _HEADS = {
@@ -195,6 +204,7 @@ _HEADS = {
     "megatron/model/language_model.py": "from torch.nn import Module\n",
     "megatron/__init__.py": "# A package.\nfrom __future__ import annotations\n\nimport os\n",
     "megatron/global_vars.py": "",
+    "megatron/utils.py": "import os\n",
     "megatron/optimizer/__init__.py": "from apex.optimizers import FusedAdam as Adam\n",
 }
 
@@ -209,6 +219,7 @@ _PIECES = {
     "megatron/model/language_model.py": _LANGUAGE,
     "megatron/__init__.py": _PACKAGE,
     "megatron/global_vars.py": ["\ndef get_args():\n\treturn None\n"],
+    "megatron/utils.py": _UTILS,
     "megatron/optimizer/__init__.py": [],
 }
 

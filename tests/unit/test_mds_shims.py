@@ -71,6 +71,7 @@ CPU = {
     "compression-import",
     "attention-view",
     "loader-rng",
+    "kill-switch",
     "scripted-fusion",
     "universal-checkpoint-info",
     "expert-keys",
@@ -118,6 +119,8 @@ FIXED = [
     ("scripted-fusion", "megatron.arguments", '"--no-bias-dropout-fusion"', '"--another"'),
     ("masked-softmax-fusion", "megatron.arguments", '"--no-masked-softmax-fusion"', '"--other"'),
     ("attention-view", "megatron.model.transformer", "_layer.view(", "_layer.reshape("),
+    ("kill-switch", "megatron.arguments", '"--kill-switch-file"', '"--end-file"'),
+    ("kill-switch", "megatron.utils", "file = get_args()", "file = dist.all_reduce(get_args())"),
     (
         "expert-keys",
         "megatron.model.language_model",
@@ -128,7 +131,7 @@ FIXED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "module", "old", "new"), FIXED, ids=[row[0] for row in FIXED])
+@pytest.mark.parametrize(("name", "module", "old", "new"), FIXED, ids=[f"{row[0]}-{n}" for n, row in enumerate(FIXED)])
 def test_only_where_the_checkout_has_the_problem(tree: Path, name: str, module: str, old: str, new: str) -> None:
     change(tree, module, old, new)
     assert states(tree, Here())[name] == "not needed"
@@ -140,6 +143,7 @@ LOST = [
     ("expert-keys", "megatron.model.language_model", "moe_state_dict[self._encoder_key + key]", "experts[key]"),
     ("expert-keys", "megatron.model.language_model", "moe_state_dict[self._encoder_key + key]", "moe_state_dict[key]"),
     ("loader-rng", "megatron.training", "def build_train_valid_test_data_iterators", "def build_iterators"),
+    ("kill-switch", "megatron.utils", "def found_kill_switch", "def kill_switch"),
     ("gradient-accumulation-fusion", "megatron.arguments", "extra_args_provider", "provider"),
     ("arguments", "megatron.arguments", "def parse_args", "def parse"),
     ("ds-config", "megatron.training", "def _create_ds_config_dict", "def _settings"),
@@ -370,6 +374,21 @@ def test_loaders_leave_the_generators_alone(hook: Any) -> None:
     repeating, plain = training.build_train_valid_test_data_iterators()
     assert list(iter(repeating.loader)) == list(iter(plain))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_kill_switch_is_shared_only_where_one_is_named(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/mds has the ranks that share it."""
+    from moc_ckpt.integrations.megatron_deepspeed.shims import kill_switch
+
+    given = SimpleNamespace(kill_switch_file="switch")
+    asked: list[bool] = []
+    monkeypatch.setattr(kill_switch, "megatron_args", lambda: given)
+    monkeypatch.setattr(kill_switch, "_on_any_rank", lambda found: asked.append(found) or True)
+    module = SimpleNamespace(found_kill_switch=lambda: False)
+    hook(kill_switch, "megatron.utils", module)
+    assert module.found_kill_switch() is True and asked == [False]
+    given.kill_switch_file = None
+    assert module.found_kill_switch() is False and asked == [False]
 
 
 def test_attention_gets_contiguous_inputs(hook: Any) -> None:

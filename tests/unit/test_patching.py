@@ -177,13 +177,19 @@ def test_what_is_written_where(root: Path) -> None:
     apply(root)
     functions = {
         node.name: node
-        for file in (TRAINING, "megatron/checkpointing.py", "megatron/data/data_samplers.py", "megatron/arguments.py")
+        for file in (
+            TRAINING,
+            "megatron/checkpointing.py",
+            "megatron/data/data_samplers.py",
+            "megatron/arguments.py",
+            "megatron/utils.py",
+        )
         for node in ast.walk(ast.parse((root / file).read_bytes()))
         if isinstance(node, ast.FunctionDef)
     }
     decorated = {name: ast.unparse(node.decorator_list[0]) for name, node in functions.items() if node.decorator_list}
     ours = ["setup_model_and_optimizer", "train_step", "train", "save_checkpoint", "load_checkpoint"]
-    ours += ["build_pretraining_data_loader", "build_train_valid_test_data_iterators"]
+    ours += ["build_pretraining_data_loader", "build_train_valid_test_data_iterators", "found_kill_switch"]
     expected = {name: f"moc_patched.{name}" for name in ours} | {"_create_ds_config_dict": "moc_patched.ds_config"}
     assert decorated == expected
 
@@ -315,6 +321,7 @@ def test_what_the_fixes_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("universal-checkpoint-info", "megatron/checkpointing.py", "client_state=state", "state=state", "client_state"),
         ("expert-keys", "megatron/model/language_model.py", "_key+key", "_key % key", "an attribute plus a variable"),
         ("expert-keys", "megatron/model/language_model.py", "moe_state_dict[", "x[", "put into moe_state_dict"),
+        ("kill-switch", "megatron/utils.py", "def found_kill_switch", "def kill_switch", "found_kill_switch: exp"),
         (
             "masked-softmax-fusion",
             "megatron/arguments.py",
@@ -350,6 +357,8 @@ def test_structure_not_found_is_named(root: Path, name: str, file: str, old: str
         ("attention-view", "megatron/model/transformer.py", ".view(", ".reshape("),
         ("expert-keys", "megatron/model/language_model.py", "[self._enc", "['language_model.' + self._enc"),
         ("universal-checkpoint-info", "megatron/checkpointing.py", "_universal_checkpoint_info", "_info"),
+        ("kill-switch", "megatron/arguments.py", "--kill-switch-file", "--end-file"),
+        ("kill-switch", "megatron/utils.py", "args = get_args()", "args = broadcast.all_reduce(get_args())"),
         ("device-count", "megatron/initialize.py", "get_accelerator().device", "torch.cuda.device"),
         ("apex", "megatron/optimizer/__init__.py", "apex.optimizers", "torch.optim"),
     ],

@@ -1,7 +1,7 @@
 """What a patched Megatron-DeepSpeed tree calls (docs/patches.md): the launcher's hooks and shims, one by one.
 
 Decorators for functions of the tree, and functions for its parser and its package. Under the launcher none of them does
-anything, because the launcher brings the same in by itself. None of them is collective by itself.
+anything, because the launcher brings the same in by itself. Decorating is not collective.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "build_pretraining_data_loader",
     "build_train_valid_test_data_iterators",
     "ds_config",
+    "found_kill_switch",
     "load_checkpoint",
     "masked_softmax_fusion",
     "save_checkpoint",
@@ -122,6 +123,11 @@ def build_pretraining_data_loader(original: Function) -> Function:
 def build_train_valid_test_data_iterators(original: Function) -> Function:
     """Decorates the function of that name: every generator stays where it was."""
     return _changed("shims.loader_rng", "_keep_generators", original, ("build_train_valid_test_data_iterators",))
+
+
+def found_kill_switch(original: Function) -> Function:
+    """Decorates the function of that name: what one rank finds, all find."""
+    return _changed("shims.kill_switch", "_look_together", original, ("found_kill_switch",))
 
 
 def _changed(room: str, change: str, original: Function, names: tuple[str, ...]) -> Function:

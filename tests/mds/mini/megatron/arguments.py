@@ -34,8 +34,9 @@ def parse_args(extra_args_provider=None, ignore_unknown_args=False):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, number in (("lr", 1e-3), ("min-lr", 0.0), ("moe-loss-coeff", 0.1), ("hidden-dropout", 0.1)):
         parser.add_argument(f"--{name}", type=float, default=number)
-    for name in ("save", "load", "load-tag", "kill-switch-file", "lr-decay-style"):
+    for name in ("save", "load", "load-tag", "lr-decay-style"):
         parser.add_argument(f"--{name}", default=None)
+    parser.add_argument("--kill-switch-file", default=None)
     for name in (
         "bf16",
         "finetune",

@@ -15,6 +15,7 @@ from megatron.initialize import initialize_megatron
 from megatron.model.vision.knn_monitor import compute_feature_bank  # noqa: F401
 from megatron.optimizer import get_megatron_optimizer
 from megatron.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.utils import found_kill_switch
 
 _SIGNALS = []
 
@@ -116,7 +117,7 @@ def train(forward_step_func, model, optimizer, opt_param_scheduler, train_data_i
                 save_checkpoint_and_time(iteration, model, optimizer, opt_param_scheduler)
             print_rank_0(f"exiting program at iteration {iteration}")
             sys.exit()
-        if args.kill_switch_file and Path(args.kill_switch_file).exists():
+        if found_kill_switch():
             if args.save and not saved:
                 save_checkpoint_and_time(iteration, model, optimizer, opt_param_scheduler)
             print_rank_0(f"Detected kill switch at {args.kill_switch_file}, iteration={iteration}. Exiting")
