@@ -1,4 +1,4 @@
-"""The `moc_checkpoint` section of a ds_config (DESIGN section 12). Pure: neither torch nor deepspeed.
+"""The sections `moc_checkpoint` (DESIGN section 12) and `lazarus` of a ds_config. Pure: neither torch nor deepspeed.
 
 Every key that is listed here works; a key that does not exist is refused with the nearest known name.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -15,16 +15,20 @@ from moc_ckpt.errors import ConfigError
 
 __all__ = [
     "CONFIG_KEY",
+    "LAZARUS_KEY",
     "HostConfig",
+    "LazarusConfig",
     "MocConfig",
     "RecoveryConfig",
     "StorageConfig",
     "TimeoutsConfig",
     "find_config",
     "parse_config",
+    "parse_lazarus",
 ]
 
 CONFIG_KEY = "moc_checkpoint"
+LAZARUS_KEY = "lazarus"
 
 
 class _Section(BaseModel):
@@ -182,6 +186,43 @@ class MocConfig(_Section):
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig, description="see below")
 
 
+class LazarusConfig(_Section):
+    """Replicated experts, and when they move."""
+
+    optimizer_state: Literal["replicated", "sharded"] = Field(
+        "replicated",
+        description="replicated: every holder has all optimizer state of an expert, which recovery needs; sharded: the "
+        "holders share it out",
+    )
+    rebalance_interval: int = Field(
+        0,
+        ge=0,
+        description="steps between two decisions about another placement, and the steps over which one has to pay; "
+        "0: never",
+    )
+    fault_threshold: int = Field(
+        1,
+        ge=1,
+        description="nodes that a plan puts every expert on at least, as for moc-ckpt placement; on a single node, "
+        "ranks",
+    )
+    restart_s: float = Field(
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="s; a restart takes so long, which a plan has to save; 0 if the run is going to restart anyway",
+    )
+    bandwidth_gb_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="10^9 bytes per second that a node sends, and receives at the same time",
+    )
+
+
+_Model = TypeVar("_Model", bound=_Section)
+
+
 def parse_config(section: Mapping[str, Any] | None) -> MocConfig:
     """Validates the section.
 
@@ -196,16 +237,7 @@ def parse_config(section: Mapping[str, Any] | None) -> MocConfig:
     """
     if section is None:
         return MocConfig()
-    if not isinstance(section, Mapping):
-        raise ConfigError(
-            f"{CONFIG_KEY} must be an object, got {type(section).__name__} {section!r}",
-            where=f"ds_config, key {CONFIG_KEY!r}",
-            fix=f'write "{CONFIG_KEY}": {{"enabled": true}}',
-        )
-    try:
-        config = MocConfig.model_validate(dict(section))
-    except ValidationError as error:
-        raise _explain(error) from None
+    config = _validate(MocConfig, section, CONFIG_KEY, example='{"enabled": true}')
     snapshot, persist = config.k_snapshot, config.k_persist
     if isinstance(snapshot, int) and isinstance(persist, int) and persist > snapshot:
         raise ConfigError(
@@ -251,15 +283,41 @@ def find_config(settings: Mapping[str, Any]) -> MocConfig:
     return parse_config(settings.get(CONFIG_KEY))
 
 
-def _explain(error: ValidationError) -> ConfigError:
+def parse_lazarus(settings: Mapping[str, Any]) -> LazarusConfig:
+    """Returns the section `lazarus` of a ds_config; its defaults where it is absent.
+
+    Args:
+        settings: the whole ds_config.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    section = settings.get(LAZARUS_KEY, {})
+    return _validate(LazarusConfig, section, LAZARUS_KEY, example='{"optimizer_state": "replicated"}')
+
+
+def _validate(model: type[_Model], section: Any, key: str, *, example: str) -> _Model:
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"{key} must be an object, got {type(section).__name__} {section!r}",
+            where=f"ds_config, key {key!r}",
+            fix=f'write "{key}": {example}',
+        )
+    try:
+        return model.model_validate(dict(section))
+    except ValidationError as error:
+        raise _explain(error, model, key) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], key: str) -> ConfigError:
     problems, fixes, places = [], [], []
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
-        dotted = ".".join([CONFIG_KEY, *path])
+        dotted = ".".join([key, *path])
         places.append(dotted)
         if item["type"] == "extra_forbidden":
-            known = _known_keys(path[:-1])
-            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5) or _anywhere(path[-1])
+            known = _known_keys(model, path[:-1])
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5) or _anywhere(model, path[-1])
             problems.append(f"unknown key {dotted}")
             fixes.append(f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}")
         else:
@@ -269,8 +327,7 @@ def _explain(error: ValidationError) -> ConfigError:
     return ConfigError("; ".join(problems), where=f"ds_config, {', '.join(places)}", fix="; ".join(fixes))
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = MocConfig
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         annotation = model.model_fields[part].annotation
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
@@ -278,10 +335,10 @@ def _known_keys(path: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _anywhere(name: str) -> list[str]:
+def _anywhere(model: type[BaseModel], name: str) -> list[str]:
     """Nearest known name in any section, dotted: a key is often right but in the wrong place."""
     dotted = {}
-    for key, field in MocConfig.model_fields.items():
+    for key, field in model.model_fields.items():
         dotted[key] = key
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             dotted.update({sub: f"{key}.{sub}" for sub in field.annotation.model_fields})

@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 
 from moc_ckpt.comm import Comm
-from moc_ckpt.config import find_config
+from moc_ckpt.config import LAZARUS_KEY, LazarusConfig, find_config, parse_lazarus
 from moc_ckpt.errors import ConfigError, ModelMismatchError, UnsupportedError
 from moc_ckpt.integrations.deepspeed.expert_groups import ExpertGroups, separate
-from moc_ckpt.integrations.deepspeed.lazarus_settings import LAZARUS_KEY, LazarusSettings, read_settings
 from moc_ckpt.integrations.deepspeed.rebalance import Rebalancer
 from moc_ckpt.lazarus.history import Rebalance
 from moc_ckpt.lazarus.layer import LazarusMoE
@@ -64,7 +63,7 @@ def prepare(arguments: dict[str, Any], settings: Mapping[str, Any]) -> Preparati
 def _prepare(
     arguments: dict[str, Any], settings: Mapping[str, Any], layers: list[tuple[str, LazarusMoE]]
 ) -> Preparation:
-    section = read_settings(settings)
+    section = parse_lazarus(settings)
     _check_settings(settings)
     moc = find_config(settings)
     if section.rebalance_interval and not moc.enabled:
@@ -97,7 +96,7 @@ class Preparation:
         self,
         layers: list[tuple[str, LazarusMoE]],
         groups: ExpertGroups,
-        settings: LazarusSettings,
+        settings: LazarusConfig,
         deadline_s: float,
     ) -> None:
         self._layers = layers
@@ -286,7 +285,7 @@ class EngineReplicas:
 
 
 _Signature = tuple[
-    tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], tuple[int, ...], LazarusSettings],
+    tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], tuple[int, ...], LazarusConfig],
     dict[tuple[str, int], list[tuple[str, str, tuple[int, ...], int | None]]],
 ]
 

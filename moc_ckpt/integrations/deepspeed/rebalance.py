@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moc_ckpt.config import LAZARUS_KEY, LazarusConfig
 from moc_ckpt.errors import ConfigError, RankError
 from moc_ckpt.events import EventKind
-from moc_ckpt.integrations.deepspeed.lazarus_settings import LAZARUS_KEY, LazarusSettings
 from moc_ckpt.integrations.deepspeed.rounds import digest
 from moc_ckpt.lazarus.history import Costs, LoadHistory, Rebalance, imbalance, layer_seconds, plan_rebalance
 from moc_ckpt.lazarus.layer import LazarusMoE
@@ -89,7 +89,7 @@ class Rebalancer:
         self,
         engine: Any,
         layers: Sequence[LazarusMoE],
-        settings: LazarusSettings,
+        settings: LazarusConfig,
         nodes: Sequence[str],
         deadline_s: float,
     ) -> None:
