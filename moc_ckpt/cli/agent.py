@@ -199,6 +199,7 @@ def _memory_data(held: Holdings, now: int | None, times: dict[int, float]) -> di
         "bytes": held.nbytes,
         "slots": held.states,
         "dense_steps": list(held.dense),
+        "restorable_steps": list(held.restorable),
         "experts": held.experts,
         "expert_versions": held.versions,
         "oldest_expert_step": held.oldest,
@@ -280,7 +281,8 @@ def _body(job: _Seen) -> list[Any]:
 def _process_text(rank: RankStatus | None, held: Holdings | None) -> Text:
     pid = str(rank.pid if rank else held.pid if held else 0)
     if not (rank.alive if rank else held is not None and held.alive):
-        return Text(f"{pid}\ndead", style="red")
+        # Ended or killed: memory does not tell.
+        return Text(f"{pid}\ngone", style="yellow")
     if rank is None or not rank.connected:
         return Text(f"{pid}\nnot connected", style="yellow")
     return Text(pid)
@@ -301,11 +303,11 @@ def _lines(first: str | Text, second: str = "") -> Text:
 
 
 def _dense_text(held: Holdings | None, now: int | None, times: dict[int, float]) -> Text:
-    if held is None or not held.dense:
+    if held is None or not held.restorable:
         return Text("-", style="dim")
-    shown = ", ".join(f"{step:,}" for step in held.dense[:_SHOWN_STEPS])
-    shown += ", …" if len(held.dense) > _SHOWN_STEPS else ""
-    return _lines(shown, _age_text(held.dense[0], now, times))
+    shown = ", ".join(f"{step:,}" for step in held.restorable[:_SHOWN_STEPS])
+    shown += ", …" if len(held.restorable) > _SHOWN_STEPS else ""
+    return _lines(shown, _age_text(held.restorable[0], now, times))
 
 
 def _experts_text(held: Holdings | None, now: int | None, times: dict[int, float]) -> Text:

@@ -147,15 +147,16 @@ def test_memory_whose_agent_and_trainer_are_gone_is_shown(shared_memory: Path) -
     result = call("status")
     assert result.exit_code == 1
     text = result.output
-    assert "job job" in text and "no agent lives here" in text and text.count("dead") == 3
-    assert "100, 90" in text and "6 at 90 to 100" in text and "1 filling, 10 filled, 1 committed" in text
+    assert "job job" in text and "no agent lives here" in text and text.count("gone") == 3
+    assert "100, 90" not in text and "6 at 90 to 100" in text and "1 filling, 10 filled, 1 committed" in text
     assert "20 of 32 free" in text and "rank 7, r0.rank_00007.arena: the arena was not finished" in text
     (job,) = as_json("status", code=1)["jobs"]
     assert job["agent"] is None and job["problem"] == "no agent lives here" and job["newest_step"] == 100
     assert [rank["rank"] for rank in job["ranks"]] == [0, 1, 7]
     memory = job["ranks"][0]["memory"]
     assert (memory["oldest_expert_age_steps"], memory["dense_age_steps"]) == (10, 0)
-    assert memory["dense_steps"] == [100, 90] and memory["oldest_expert_age_s"] is None
+    assert memory["dense_steps"] == [100, 90] and memory["restorable_steps"] == [100]
+    assert memory["oldest_expert_age_s"] is None
 
 
 def test_a_working_agent_is_shown_with_its_ranks(shared_memory: Path, save_dir: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_working_agent_is_shown_with_its_ranks(shared_memory: Path, save_dir: 
         text = result.output
         assert f"agent {agent.pid} on node7" in text and "1 done, 1 failed" in text and "GB/s" in text
         assert "rank 0, last failure: the arena has" in text
-        assert re.search(r"oldest: 10 steps, \d+ s ago", text) and "dead" not in text
+        assert re.search(r"oldest: 10 steps, \d+ s ago", text) and "gone" not in text
         (job,) = as_json("status", "--job", "job")["jobs"]
         assert job["agent"]["pid"] == agent.pid and job["agent"]["node"] == "node7"
         assert 0 < job["agent"]["rss"] < 200 * MIB and job["agent"]["fds"] > 0
