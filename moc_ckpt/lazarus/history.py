@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,7 +109,7 @@ class Rebalance:
     """A decision, and the plan that it is about.
 
     Attributes:
-        worth_it: whether the gain is larger than the cost.
+        worth_it: whether the gain is larger than the cost, or a layer has lost its fault threshold.
         before: for each MoE layer the imbalance of the present placement under the new loads.
         after: the same of the plan.
         gain_s: seconds that the plan saves over the steps it is meant for.
@@ -116,6 +117,8 @@ class Rebalance:
         allocations: for each MoE layer; None for one that keeps its placement.
         migration: the new placements of nodes and the transfers between them.
         placements: for each MoE layer the placement after it, of the places that it was planned for (nodes or ranks).
+        repaired: numbers of the MoE layers that have an expert on fewer nodes than the fault threshold asks for, which
+            the plan puts right whatever it costs.
     """
 
     worth_it: bool
@@ -126,16 +129,19 @@ class Rebalance:
     allocations: tuple[Allocation | None, ...]
     migration: Migration
     placements: tuple[Placement, ...]
+    repaired: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
         """One line for a log."""
         moved = sum(allocation is not None for allocation in self.allocations)
         worst, best = max(self.before), max(self.after)
+        verdict = "is needed" if self.repaired else "pays" if self.worth_it else "does not pay"
+        repaired = f"{len(self.repaired)} of them below the fault threshold, " if self.repaired else ""
         return (
-            f"rebalance {'pays' if self.worth_it else 'does not pay'}: {self.gain_s:.3g} s gained, "
-            f"{self.cost_s:.3g} s spent; {moved} of {len(self.before)} MoE layers, "
-            f"{len(self.migration.transfers)} transfers, worst imbalance {worst:.2f} -> {best:.2f}"
+            f"rebalance {verdict}: {self.gain_s:.3g} s gained, {self.cost_s:.3g} s spent; "
+            f"{moved} of {len(self.before)} MoE layers, "
+            f"{repaired}{len(self.migration.transfers)} transfers, worst imbalance {worst:.2f} -> {best:.2f}"
         )
 
     def to_data(self) -> dict[str, Any]:
@@ -146,6 +152,7 @@ class Rebalance:
             "cost_s": self.cost_s,
             "imbalance_before": list(self.before),
             "imbalance_after": list(self.after),
+            "repaired_layers": list(self.repaired),
             "placements": [[list(held) for held in placement.slots] for placement in self.placements],
             "transfers": [
                 {
@@ -204,7 +211,8 @@ def plan_rebalance(
 ) -> Rebalance:
     """Plans placements for the loads of late, and decides whether to move to them (pure).
 
-    A layer whose imbalance the plan would not lower keeps its placement. The gain is that of the others' most loaded
+    A layer whose imbalance the plan would not lower keeps its placement, unless an expert of it is on fewer nodes than
+    the plan would put it on and the fault threshold asks for. The gain is that of the others' most loaded
     places over `steps` steps; the cost is that of the node that sends or receives most.
 
     Args:
@@ -230,7 +238,7 @@ def plan_rebalance(
         raise ConfigError("costs are negative, or the bandwidth is not positive", where=str(costs))
     present = [join(now, ranks_per_node) for now in current]
     rooms = [max(map(len, now.slots)) if slots is None else slots for now in current]
-    plans, allocations = [], []
+    plans, allocations, repaired = [], [], []
     for layer, (now, tokens) in enumerate(zip(current, loads, strict=True)):
         if now.num_experts != len(tokens):
             raise ConfigError(
@@ -241,7 +249,10 @@ def plan_rebalance(
             nodes, room = len(plan.slots), rooms[layer] * ranks_per_node
             found = allocate(tokens, nodes, room, fault_threshold, layer=layer)
             wanted = mro(found.replicas, nodes, room, layer=layer)
-            if imbalance(split(wanted, ranks_per_node, rooms[layer]), tokens) < imbalance(now, tokens):
+            lost = _fewest_nodes(plan) < min(found.fault_threshold, _fewest_nodes(wanted))
+            if lost:
+                repaired.append(layer)
+            if lost or imbalance(split(wanted, ranks_per_node, rooms[layer]), tokens) < imbalance(now, tokens):
                 plan, allocation = wanted, found
                 if domains is not None:
                     plan = spread_over_domains(wanted, domains)
@@ -258,4 +269,11 @@ def plan_rebalance(
     busiest = max([0, *migration.sent.values(), *migration.received.values()])
     moves = any(allocation is not None for allocation in allocations)
     cost = busiest * costs.expert_bytes / costs.bandwidth + costs.fixed_s if moves else 0.0
-    return Rebalance(gain > cost, before, after, gain, cost, tuple(allocations), migration, placements)
+    worth_it = gain > cost or bool(repaired)
+    return Rebalance(worth_it, before, after, gain, cost, tuple(allocations), migration, placements, tuple(repaired))
+
+
+def _fewest_nodes(placement: Placement) -> int:
+    """Returns on how many nodes the expert is that is on the fewest."""
+    counted = Counter(expert for held in placement.slots for expert in set(held))
+    return min(counted[expert] for expert in range(placement.num_experts))

@@ -86,6 +86,23 @@ def test_no_layer_gets_worse(layers: list[list[int]], steps: int) -> None:
         assert found.migration.transfers == () and found.cost_s == 0 and not found.worth_it
 
 
+def test_a_lost_fault_threshold_is_put_right_whatever_it_costs() -> None:
+    """Four nodes of two slots: expert 0 is on one node alone, and all places have the same work."""
+    old = Placement(4, ((0, 0), (1, 2), (2, 3), (3, 1)))
+    loads = [[10, 10, 10, 10]]
+    dear = Costs(layer_s=0.0, expert_bytes=1e12, bandwidth=1.0, fixed_s=1e6)
+    kept = plan_rebalance([old], loads, slots=2, fault_threshold=1, steps=10, costs=dear)
+    assert not kept.worth_it and kept.repaired == () and kept.placements == (old,)
+    found = plan_rebalance([old], loads, slots=2, fault_threshold=2, steps=10, costs=dear)
+    assert found.worth_it and found.repaired == (0,) and found.gain_s <= 0 < found.cost_s
+    assert all(len(found.placements[0].holders(expert)) == 2 for expert in range(4))
+    assert "is needed" in found.text and "1 of them below the fault threshold" in found.text
+    assert found.to_data()["repaired_layers"] == [0]
+    # What the slots do not hold is not asked for again and again.
+    again = plan_rebalance(found.placements, loads, slots=2, fault_threshold=3, steps=10, costs=dear)
+    assert again.repaired == () and not again.worth_it
+
+
 def test_racks_are_kept_apart() -> None:
     racks = (0, 0, 1, 1, 2, 2)
     found = plan_rebalance(
