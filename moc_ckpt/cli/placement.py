@@ -14,7 +14,7 @@ from moc_ckpt.cli.placement_input import parse_numbers, parse_racks, read_checkp
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.lazarus.allocation import Allocation, allocate
 from moc_ckpt.lazarus.domains import count_recoverable_domains, spread_over_domains
-from moc_ckpt.lazarus.history import imbalance
+from moc_ckpt.lazarus.evenness import even_out, imbalance
 from moc_ckpt.lazarus.placement import PLACEMENTS
 from moc_ckpt.lazarus.probability import TooManyStatesError, count_recoverable, probabilities, recoverable_bound
 from moc_ckpt.lazarus.ranks import split
@@ -263,6 +263,10 @@ def _plan(
     else:
         allocation = allocate(given, nodes, slots, threshold, layer=ordinal)
     placements = {name: place(allocation.replicas, nodes, slots, layer=ordinal) for name, place in PLACEMENTS.items()}
+    loads = None if are_replicas else given
+    if loads is not None:
+        # It survives alike; the others are shown as they are published.
+        placements["mro"] = even_out(placements["mro"], loads)
     rack_survival: Probabilities | None = None
     if racks is not None:
         rack_survival = {"mro_unaware": _rack_survival(placements["mro"], racks)}
@@ -271,13 +275,13 @@ def _plan(
     bound = probabilities(recoverable_bound(allocation.replicas, nodes, slots))
     return LayerPlan(
         ordinal,
-        None if are_replicas else tuple(given),
+        None if loads is None else tuple(loads),
         allocation,
         placements,
         {name: _survival(item) for name, item in placements.items()},
         bound,
         rack_survival,
-        split(placements["mro"], gpus_per_node) if gpus_per_node is not None else None,
+        split(placements["mro"], gpus_per_node, loads=loads) if gpus_per_node is not None else None,
     )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.lazarus.allocation import Allocation, allocate, layer_text
 from moc_ckpt.lazarus.domains import spread_over_domains
+from moc_ckpt.lazarus.evenness import even_out, imbalance
 from moc_ckpt.lazarus.migration import Migration, migrate
 from moc_ckpt.lazarus.placement import mro
 from moc_ckpt.lazarus.ranks import join, split
 from moc_ckpt.lazarus.types import Placement
 
-__all__ = ["Costs", "LoadHistory", "Rebalance", "imbalance", "layer_seconds", "plan_rebalance"]
+__all__ = ["Costs", "LoadHistory", "Rebalance", "layer_seconds", "plan_rebalance"]
 
 _PerLayer = tuple[tuple[int, ...], ...]
 
@@ -166,23 +167,6 @@ class Rebalance:
         }
 
 
-def imbalance(placement: Placement, loads: Sequence[float]) -> float:
-    """Returns the work of the most loaded place over the mean place; 1 is perfect, and stands for no work as well.
-
-    Every slot of an expert takes an equal share of its tokens.
-
-    Args:
-        placement: of one layer.
-        loads: per expert its tokens.
-    """
-    total = sum(loads)
-    if not total:
-        return 1.0
-    shares = [load / max(number, 1) for load, number in zip(loads, placement.replicas(), strict=True)]
-    most = max(sum(shares[expert] for expert in held) for held in placement.slots)
-    return most * len(placement.slots) / total
-
-
 def layer_seconds(step_s: float, dense: float, active: float, imbalances: Sequence[float]) -> float:
     """Estimates what the experts of one MoE layer need per step where all places have the same work.
 
@@ -248,11 +232,11 @@ def plan_rebalance(
         if any(tokens):
             nodes, room = len(plan.slots), rooms[layer] * ranks_per_node
             found = allocate(tokens, nodes, room, fault_threshold, layer=layer)
-            wanted = mro(found.replicas, nodes, room, layer=layer)
+            wanted = even_out(mro(found.replicas, nodes, room, layer=layer), tokens)
             lost = _fewest_nodes(plan) < min(found.fault_threshold, _fewest_nodes(wanted))
             if lost:
                 repaired.append(layer)
-            if lost or imbalance(split(wanted, ranks_per_node, rooms[layer]), tokens) < imbalance(now, tokens):
+            if lost or imbalance(split(wanted, ranks_per_node, rooms[layer], tokens), tokens) < imbalance(now, tokens):
                 plan, allocation = wanted, found
                 if domains is not None:
                     plan = spread_over_domains(wanted, domains)
@@ -260,8 +244,10 @@ def plan_rebalance(
         allocations.append(allocation)
     migration = migrate(present, plans, domains=domains, plan_domains=domains)
     placements = tuple(
-        now if allocation is None else split(moved.placement, ranks_per_node, room)
-        for now, allocation, moved, room in zip(current, allocations, migration.layers, rooms, strict=True)
+        now if allocation is None else split(moved.placement, ranks_per_node, room, tokens)
+        for now, allocation, moved, room, tokens in zip(
+            current, allocations, migration.layers, rooms, loads, strict=True
+        )
     )
     before = tuple(imbalance(now, tokens) for now, tokens in zip(current, loads, strict=True))
     after = tuple(imbalance(planned, tokens) for planned, tokens in zip(placements, loads, strict=True))

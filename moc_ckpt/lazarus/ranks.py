@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from moc_ckpt.errors import ConfigError
+from moc_ckpt.lazarus.evenness import reassigned, work_per_slot
 from moc_ckpt.lazarus.types import Placement
 
 __all__ = ["join", "split"]
@@ -27,17 +29,24 @@ def join(placement: Placement, ranks_per_node: int) -> Placement:
     )
 
 
-def split(placement: Placement, ranks_per_node: int, slots_per_rank: int | None = None) -> Placement:
+def split(
+    placement: Placement,
+    ranks_per_node: int,
+    slots_per_rank: int | None = None,
+    loads: Sequence[float] | None = None,
+) -> Placement:
     """Shares out the slots of each node over its ranks, with few local copies.
 
     Two slots of an expert on one rank are one copy there. So whole ranks are filled with one expert as long as it has
     as many slots, and what remains of an expert, the most first, goes onto the rank with the least room that takes all
-    of it; only if there is none it is split.
+    of it; only if there is none it is split. With loads, experts with equally many slots on their ranks then change
+    places within the node, as in `even_out`, so that its ranks have about the same work.
 
     Args:
         placement: of nodes.
         ranks_per_node: ranks (GPUs) of a node.
         slots_per_rank: slots of a rank; by default those of the fullest node over its ranks, rounded up.
+        loads: per expert its tokens; None if they do not matter.
 
     Returns:
         A placement of nodes * ranks_per_node places: rank r is on node r // ranks_per_node.
@@ -54,9 +63,11 @@ def split(placement: Placement, ranks_per_node: int, slots_per_rank: int | None 
             f"{ranks_per_node} ranks of {room} slots do not hold the {most} slots of a node",
             fix=f"give {-(-most // ranks_per_node)} slots per rank",
         )
+    shares = work_per_slot(placement, loads) if loads is not None and ranks_per_node > 1 and room > 1 else None
     ranks: list[tuple[int, ...]] = []
     for experts in placement.slots:
-        ranks += _split_node(experts, ranks_per_node, room)
+        held = _split_node(experts, ranks_per_node, room)
+        ranks += held if shares is None else _even_ranks(held, shares)
     return Placement(placement.num_experts, tuple(ranks))
 
 
@@ -72,3 +83,13 @@ def _split_node(experts: tuple[int, ...], count: int, room: int) -> list[tuple[i
             ranks[rank] += [expert] * take
             number -= take
     return [tuple(held) for held in ranks]
+
+
+def _even_ranks(ranks: list[tuple[int, ...]], shares: Sequence[float]) -> list[tuple[int, ...]]:
+    blocks = [(expert, rank, number) for rank, held in enumerate(ranks) for expert, number in Counter(held).items()]
+    where = [[rank] * number for _, rank, number in blocks]
+    roles = reassigned(where, [shares[expert] for expert, _, _ in blocks], len(ranks))
+    found: list[list[int]] = [[] for _ in ranks]
+    for (expert, _, number), role in zip(blocks, roles, strict=True):
+        found[blocks[role][1]] += [expert] * number
+    return [tuple(held) for held in found]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 
 from moc_ckpt.lazarus.shares import Shares
 from moc_ckpt.lazarus.types import Placement
 
-__all__ = ["calibrated_gate", "expert_loads", "rank_loads", "replaced", "tokens", "with_even_ranks"]
+__all__ = ["calibrated_gate", "expert_loads", "rank_loads", "replaced", "tokens"]
 
 
 def tokens(number: int, hidden: int, seed: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -65,43 +64,11 @@ def rank_loads(loads: Sequence[int], shares: Shares) -> list[float]:
     return [sum(load * share / every for load, share, every in zip(loads, row, whole, strict=True)) for row in shares]
 
 
-def replaced(loads: Sequence[int], ranks: int, slots: int) -> Placement:
-    """Returns the planner's placement for these loads."""
+def replaced(loads: Sequence[int], ranks: int, slots: int, *, even: bool = True) -> Placement:
+    """Returns the planner's placement for these loads; `even` as it is used, else as it is placed by survival alone."""
     from moc_ckpt.lazarus.allocation import allocate
+    from moc_ckpt.lazarus.evenness import even_out
     from moc_ckpt.lazarus.placement import mro
 
-    return mro(allocate(loads, ranks, slots).replicas, ranks, slots)
-
-
-def with_even_ranks(loads: Sequence[int], placement: Placement) -> Placement:
-    """Returns the placement after swaps of slots between ranks, each of which makes the ranks' loads more even.
-
-    No swap is made after which fewer failures would leave a copy of every expert, at any number of failed ranks.
-    """
-    from moc_ckpt.lazarus.probability import count_recoverable
-
-    share = [load / replicas for load, replicas in zip(loads, placement.replicas(), strict=True)]
-    rows = [list(row) for row in placement.slots]
-    least = count_recoverable(placement)
-
-    def swapped(one: int, i: int, two: int, j: int) -> bool:
-        gap = sum(share[expert] for expert in rows[one]) - sum(share[expert] for expert in rows[two])
-        moved = share[rows[one][i]] - share[rows[two][j]]
-        if abs(gap - 2 * moved) >= abs(gap) * (1 - 1e-9):
-            return False
-        rows[one][i], rows[two][j] = rows[two][j], rows[one][i]
-        found = count_recoverable(Placement(placement.num_experts, tuple(map(tuple, rows))))
-        if all(now >= before for now, before in zip(found, least, strict=True)):
-            return True
-        rows[one][i], rows[two][j] = rows[two][j], rows[one][i]
-        return False
-
-    pairs = [
-        (one, i, two, j)
-        for one, two in combinations(range(len(rows)), 2)
-        for i in range(len(rows[one]))
-        for j in range(len(rows[two]))
-    ]
-    while any(swapped(*pair) for pair in pairs):
-        pass
-    return Placement(placement.num_experts, tuple(map(tuple, rows)))
+    placed = mro(allocate(loads, ranks, slots).replicas, ranks, slots)
+    return even_out(placed, loads) if even else placed

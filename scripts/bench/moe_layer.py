@@ -14,7 +14,7 @@ Arms, in turns within one run; medians over --rounds of the slowest rank's time 
     skewed/before            LazarusMoE as in balanced/lazarus+slots
     skewed/after             LazarusMoE, placed by the planner for these loads
     skewed/shares            the same placement, with tokens shared so that the ranks' loads are even
-    skewed/after_even        the same replicas and survival, slots swapped until the ranks' loads are even
+    skewed/after_mro         the same replicas and survival, before experts with equally many replicas change places
 
 The gradients of replicas are not summed in the timed part: that is the engine's work, as it is with DeepSpeed's layer.
 What it costs is timed apart (`replica_reduction_ms`, one all-reduce per expert that more than one rank has).
@@ -166,7 +166,7 @@ class Bench:
             "lazarus": even_placement(experts, self.world, own),
             "slots": even_placement(experts, self.world, slots),
             "after": after,
-            "after_even": skew.with_even_ranks(self.loads["skewed"], after),
+            "after_mro": skew.replaced(self.loads["skewed"], self.world, slots, even=False),
         }
         # arm -> (layer, how its experts compute)
         arms = {
@@ -179,7 +179,7 @@ class Bench:
             "skewed/before": ("slots", "auto"),
             "skewed/after": ("after", "auto"),
             "skewed/shares": ("after", "auto"),
-            "skewed/after_even": ("after_even", "auto"),
+            "skewed/after_mro": ("after_mro", "auto"),
         }
         self.shares = {"skewed/shares": even_shares(self.loads["skewed"], after)}
         chosen = arguments.arms or list(arms)
@@ -435,7 +435,7 @@ def ratios(median: dict[str, float]) -> dict[str, float]:
         "lazarus: skewed before / balanced": ("skewed/before", "balanced/lazarus+slots"),
         "lazarus: skewed after / balanced": ("skewed/after", "balanced/lazarus+slots"),
         "lazarus: skewed shares / balanced": ("skewed/shares", "balanced/lazarus+slots"),
-        "lazarus: skewed after_even / balanced": ("skewed/after_even", "balanced/lazarus+slots"),
+        "lazarus: skewed after_mro / balanced": ("skewed/after_mro", "balanced/lazarus+slots"),
         "deepspeed: skewed / balanced": ("skewed/deepspeed", "balanced/deepspeed"),
         "skewed: lazarus after / deepspeed": ("skewed/after", "skewed/deepspeed"),
         "skewed: lazarus shares / deepspeed": ("skewed/shares", "skewed/deepspeed"),

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moc_ckpt.lazarus.allocation import allocate
+from moc_ckpt.lazarus.evenness import even_out
 from moc_ckpt.lazarus.migration import migrate
 from moc_ckpt.lazarus.placement import closed_form_mro, mro
 from moc_ckpt.lazarus.probability import count_recoverable
@@ -67,7 +68,8 @@ def measure(args: argparse.Namespace, slots: int) -> dict[str, Any]:
         loads.append(rng.permutation(shape * rng.uniform(0.8, 1.25, args.experts) * 1e6).astype(int).tolist())
 
     def plan(tokens: list[int]) -> Any:
-        return mro(allocate(tokens, args.nodes, slots, args.fault_threshold).replicas, args.nodes, slots)
+        placed = mro(allocate(tokens, args.nodes, slots, args.fault_threshold).replicas, args.nodes, slots)
+        return even_out(placed, tokens)
 
     rounds: list[list[tuple[float, float]]] = []
     plans: list[Any] = []

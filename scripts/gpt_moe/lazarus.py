@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from gpt_moe.model import ExpertMlp, MoeInterface
 from moc_ckpt.errors import CheckpointNotFoundError, MocError
 from moc_ckpt.lazarus.allocation import allocate
+from moc_ckpt.lazarus.evenness import even_out
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.placement import mro
 from moc_ckpt.lazarus.ranks import split
@@ -87,8 +88,8 @@ def _placements(args: argparse.Namespace, layers: int) -> list[Placement]:
         allocation = allocate(loads, world // ranks, slots, args.lazarus_fault_threshold, layer=layer)
         if allocation.note and not layer:
             args.lazarus_notes.append(allocation.note)
-        nodes = mro(allocation.replicas, world // ranks, slots, layer=layer)
-        placements.append(split(nodes, ranks, args.lazarus_slots) if ranks > 1 else nodes)
+        nodes = even_out(mro(allocation.replicas, world // ranks, slots, layer=layer), loads)
+        placements.append(split(nodes, ranks, args.lazarus_slots, loads) if ranks > 1 else nodes)
     return placements
 
 

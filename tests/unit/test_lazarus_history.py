@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from moc_ckpt.errors import ConfigError
 from moc_ckpt.lazarus.domains import count_recoverable_domains
-from moc_ckpt.lazarus.history import Costs, LoadHistory, imbalance, layer_seconds, plan_rebalance
+from moc_ckpt.lazarus.evenness import imbalance
+from moc_ckpt.lazarus.history import Costs, LoadHistory, layer_seconds, plan_rebalance
 from moc_ckpt.lazarus.placement import mro
 from moc_ckpt.lazarus.ranks import join, split
 from moc_ckpt.lazarus.types import Placement

@@ -19,7 +19,8 @@ from moc_ckpt.config import LAZARUS_KEY, LazarusConfig
 from moc_ckpt.errors import ConfigError, RankError
 from moc_ckpt.events import EventKind
 from moc_ckpt.integrations.deepspeed.rounds import digest
-from moc_ckpt.lazarus.history import Costs, LoadHistory, Rebalance, imbalance, layer_seconds, plan_rebalance
+from moc_ckpt.lazarus.evenness import imbalance
+from moc_ckpt.lazarus.history import Costs, LoadHistory, Rebalance, layer_seconds, plan_rebalance
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.types import Placement
 from moc_ckpt.votes import Ballot, Votes
