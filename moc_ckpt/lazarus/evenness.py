@@ -9,7 +9,6 @@ slot than the mean come together on the same nodes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,25 +80,6 @@ def even_out(placement: Placement, loads: Sequence[float]) -> Placement:
     return Placement(placement.num_experts, tuple(map(tuple, slots)))
 
 
-@dataclass(slots=True)
-class _Class:
-    """Roles of one size, and who plays them.
-
-    Attributes:
-        places: [roles, size] the places of each role.
-        times: [roles, size] how often each of these is among the role's places.
-        roles: [roles] their numbers.
-        items: [roles] who has each role.
-        shares: [roles] the work per slot of who has it.
-    """
-
-    places: NDArray[np.int64]
-    times: NDArray[np.int64]
-    roles: NDArray[np.int64]
-    items: NDArray[np.int64]
-    shares: NDArray[np.float64]
-
-
 def reassigned(where: Sequence[Sequence[int]], shares: Sequence[float], places: int) -> list[int]:
     """Shares roles of equal size out anew, so that the most loaded place has less to do.
 
@@ -111,64 +91,89 @@ def reassigned(where: Sequence[Sequence[int]], shares: Sequence[float], places: 
     Returns:
         For each item the role that it has now.
     """
-    work = np.zeros(places)
-    classes, roles_at = _classes(where, shares, places, work)
-    goal = work.mean() * _ENOUGH
+    if places < 2 or not where:
+        return list(range(len(where)))
+    cast = _Cast(where, shares, places)
+    goal = cast.work.mean() * _ENOUGH
     # Each exchange makes the loads smaller in the order of their sizes, so it ends; a bound keeps its time in bounds.
     for _ in range(4 * max(places, len(where))):
-        top = int(work.argmax())
-        if work[top] <= goal or not any(_relieve(top, classes[kind], row, work) for kind, row in roles_at[top]):
+        top = int(cast.work.argmax())
+        if cast.work[top] <= goal or not any(cast.relieve(top, role) for role in cast.roles_at(top)):
             break
     found = [0] * len(where)
-    for one in classes:
-        for item, role in zip(one.items.tolist(), one.roles.tolist(), strict=True):
-            found[item] = role
+    for role, item in enumerate(cast.items):
+        found[item] = role
     return found
 
 
-def _classes(
-    where: Sequence[Sequence[int]], shares: Sequence[float], places: int, work: NDArray[np.float64]
-) -> tuple[list[_Class], list[list[tuple[int, int]]]]:
-    """Sorts roles by size; adds the work of the places up; tells which roles a place takes part in."""
-    by_size: dict[int, list[int]] = {}
-    for role, held in enumerate(where):
-        if held:
-            by_size.setdefault(len(held), []).append(role)
-    classes: list[_Class] = []
-    roles_at: list[list[tuple[int, int]]] = [[] for _ in range(places)]
-    for roles in by_size.values():
-        at = np.array([where[role] for role in roles])
-        counted = [Counter(where[role]) for role in roles]
-        times = np.array([[count[place] for place in where[role]] for role, count in zip(roles, counted, strict=True)])
-        share = np.array([shares[role] for role in roles], dtype=np.float64)
-        np.add.at(work, at, share[:, None])
-        if len(roles) > 1:
-            for row, count in enumerate(counted):
-                for place in count:
-                    roles_at[place].append((len(classes), row))
-        classes.append(_Class(at, times, np.array(roles), np.array(roles), share))
-    return classes, roles_at
+@dataclass(slots=True)
+class _Class:
+    """Roles of one size.
+
+    Attributes:
+        roles: [roles] their numbers, ascending.
+        places: [roles, size] the places of each.
+        times: [roles, size] how often each of these is among the role's places.
+        shares: [roles] the work per slot of who has the role.
+    """
+
+    roles: NDArray[np.int64]
+    places: NDArray[np.int64]
+    times: NDArray[np.int64]
+    shares: NDArray[np.float64]
 
 
-def _relieve(top: int, one: _Class, row: int, work: NDArray[np.float64]) -> bool:
-    """Exchanges who has a role at the most loaded place for a lighter one, where that helps; tells whether it did."""
-    less = one.shares[row] - one.shares
-    others = np.flatnonzero(less > 0)
-    if not len(others):
-        return False
-    less, places = less[others], one.places[others]
-    own = np.bincount(one.places[row], minlength=len(work))
-    gained = one.times[others] - own[places]
-    # The most loaded place is one of the role's own; others of them only get less.
-    most = (work[places] + less[:, None] * gained).max(axis=1)
-    there = (places == top).sum(axis=1)
-    after = np.maximum(most, work[top] - less * (own[top] - there))
-    best = int(after.argmin())
-    if not after[best] < work[top] * (1 - 1e-12):
-        return False
-    other, moved = int(others[best]), float(less[best])
-    np.add.at(work, one.places[row], -moved)
-    np.add.at(work, one.places[other], moved)
-    one.items[[row, other]] = one.items[[other, row]]
-    one.shares[[row, other]] = one.shares[[other, row]]
-    return True
+class _Cast:
+    """Who has which role, and the work that this makes. Arguments are those of `reassigned`."""
+
+    def __init__(self, where: Sequence[Sequence[int]], shares: Sequence[float], places: int) -> None:
+        sizes = np.array([len(held) for held in where])
+        flat = np.fromiter((place for held in where for place in held), np.int64, int(sizes.sum()))
+        each = np.asarray(shares, dtype=np.float64)
+        self.items = list(range(len(where)))
+        self.work: NDArray[np.float64] = np.bincount(flat, np.repeat(each, sizes), minlength=places)
+        # One number per role and place: a single sort counts how often each place is among a role's.
+        pairs, back, counts = np.unique(
+            np.repeat(np.arange(len(where)), sizes) * places + flat, return_inverse=True, return_counts=True
+        )
+        starts = np.cumsum(sizes) - sizes
+        self._classes: dict[int, _Class] = {}
+        for size in np.unique(sizes[sizes > 0]).tolist():
+            roles = np.flatnonzero(sizes == size)
+            at = starts[roles, None] + np.arange(size)
+            self._classes[size] = _Class(roles, flat[at], counts[back][at], each[roles])
+        self._sizes = sizes.tolist()
+        owners, at_place = np.divmod(pairs, places)
+        order = np.argsort(at_place, kind="stable")
+        self._owners = owners[order]
+        self._bounds = np.searchsorted(at_place[order], np.arange(places + 1))
+
+    def roles_at(self, place: int) -> list[int]:
+        """Returns the roles that a place takes part in, ascending."""
+        found: list[int] = self._owners[self._bounds[place] : self._bounds[place + 1]].tolist()
+        return found
+
+    def relieve(self, top: int, role: int) -> bool:
+        """Gives a role at the most loaded place to who has less work per slot, if that helps; tells whether it did."""
+        one = self._classes[self._sizes[role]]
+        row = int(np.searchsorted(one.roles, role))
+        less = one.shares[row] - one.shares
+        others = np.flatnonzero(less > 0)
+        if not len(others):
+            return False
+        less, places = less[others], one.places[others]
+        own = np.bincount(one.places[row], minlength=len(self.work))
+        # Only the other role's places can get more; of this role's own the most loaded one says how far they fall.
+        most = (self.work[places] + less[:, None] * (one.times[others] - own[places])).max(axis=1)
+        both = (places == top).sum(axis=1)
+        after = np.maximum(most, self.work[top] - less * (own[top] - both))
+        best = int(after.argmin())
+        if not after[best] < self.work[top] * (1 - 1e-12):
+            return False
+        other, moved = int(others[best]), float(less[best])
+        self.work -= moved * own
+        np.add.at(self.work, one.places[other], moved)
+        one.shares[[row, other]] = one.shares[[other, row]]
+        second = int(one.roles[other])
+        self.items[role], self.items[second] = self.items[second], self.items[role]
+        return True
