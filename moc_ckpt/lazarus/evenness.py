@@ -131,7 +131,8 @@ class _Cast:
         flat = np.fromiter((place for held in where for place in held), np.int64, int(sizes.sum()))
         each = np.asarray(shares, dtype=np.float64)
         self.items = list(range(len(where)))
-        self.work: NDArray[np.float64] = np.bincount(flat, np.repeat(each, sizes), minlength=places)
+        self.work = np.zeros(places)
+        np.add.at(self.work, flat, np.repeat(each, sizes))
         # One number per role and place: a single sort counts how often each place is among a role's.
         pairs, back, counts = np.unique(
             np.repeat(np.arange(len(where)), sizes) * places + flat, return_inverse=True, return_counts=True
