@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
+from cli_calls import Verb
 from storage_samples import make_store, save
-from typer.testing import CliRunner
 
-from moc_ckpt.cli.main import app
 from moc_ckpt.lazarus.placement import mro, spread
 from moc_ckpt.lazarus.probability import count_recoverable, probabilities
 from moc_ckpt.lazarus.types import Placement
@@ -22,39 +20,8 @@ from moc_ckpt.pec.ledger import Ledger
 from moc_ckpt.storage.checkpoint import manifest_key
 from moc_ckpt.storage.manifest import encode_manifest
 
-runner = CliRunner()
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = runner.invoke(app, ["placement", *map(str, args)], env={"COLUMNS": "120"})
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def data(*args: object) -> dict[str, Any]:
-    code, out, err = run(*args, "--json")
-    assert (code, err) == (0, ""), err
-    found = json.loads(out)
-    assert isinstance(found, dict)
-    return found
-
-
-def text(*args: object) -> str:
-    code, out, err = run(*args)
-    assert (code, err) == (0, ""), err
-    return " ".join(out.split())
-
-
-def refused(*args: object, status: int = 2) -> str:
-    """The error of a run that must fail, alike on the screen and in JSON."""
-    code, out, err = run(*args)
-    assert (code, out) == (status, ""), (code, out, err)
-    code, out, _ = run(*args, "--json")
-    error = json.loads(out)["error"]
-    assert code == status
-    for part in (error["what"], error["where"], error["fix"]):
-        assert part in err
-    return " | ".join(error.values())
+VERB = Verb("placement", {"COLUMNS": "120"})
+run, data, text, refused = VERB.run, VERB.data, VERB.text, VERB.refused
 
 
 # ---------------------------------------------------------------------------------------------- numbers

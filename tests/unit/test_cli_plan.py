@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from cli_calls import Verb
 
-from moc_ckpt.cli.main import app
-
-runner = CliRunner()
+VERB = Verb("plan", errors=("ConfigError", "UnsupportedError"))
+run, data, refused = VERB.run, VERB.data, VERB.refused
 
 KEYS = {
     "total_bytes",
@@ -35,33 +34,6 @@ KEYS = {
 }
 PARAMETERS = 1_866_987_520
 IN_EXPERTS = 1_611_595_776
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = runner.invoke(app, ["plan", *map(str, args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def data(*args: object) -> dict[str, Any]:
-    code, out, err = run(*args, "--json")
-    assert (code, err) == (0, ""), err
-    found = json.loads(out)
-    assert isinstance(found, dict)
-    return found
-
-
-def refused(*args: object) -> str:
-    """The error of a run that must end with exit status 2, alike on the screen and in JSON."""
-    code, out, err = run(*args)
-    assert (code, out) == (2, ""), out
-    code, out, _ = run(*args, "--json")
-    error = json.loads(out)["error"]
-    assert code == 2
-    assert error["type"] in ("ConfigError", "UnsupportedError")
-    for part in (error["what"], error["where"], error["fix"]):
-        assert part in err
-    return " | ".join(error.values())
 
 
 def write(path: Path, config: Any) -> Path:
