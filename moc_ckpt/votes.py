@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -115,9 +116,19 @@ class Votes:
         return done.wait(timeout_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread after what it still has to do. Not collective; doing it again changes nothing."""
+        """Ends the thread after what it still has to do, and its connections.
+
+        Not collective: a vote in which this rank has not taken part yet fails on the others. Doing it again changes
+        nothing.
+        """
         self._jobs.put(None)
         self._thread.join(timeout_s)
+        if self._group is not None and not self._thread.is_alive():
+            group, self._group = self._group, None
+            # Three threads and a socket per rank: a process that builds many engines would collect them. The script
+            # may have destroyed all groups already.
+            with suppress(ValueError, RuntimeError):
+                dist.destroy_process_group(group)
 
     # ------------------------------------------------------------------------------------------ the thread
 

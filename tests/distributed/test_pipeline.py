@@ -258,3 +258,24 @@ def test_dynamic_k_makes_room(pool: Pool, tmp_path: Path) -> None:
         assert max(answer["k"]) > 1
         assert answer["arena"][1] > answer["arena"][0]
         assert answer["skipped"] == 0
+
+
+def case_engines(ctx: Any, path: str) -> list[int]:
+    """Engines one after the other; how many process groups there are after each of them."""
+    import torch.distributed as dist
+
+    counts = []
+    for number in range(3):
+        engine = build(ctx, "z2_bf16", seed=number, snapshot_interval=1)
+        harness.train(engine, 2)
+        assert engine.save_checkpoint(f"{path}/{number}")
+        engine.moc.wait()
+        harness.discard(engine)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def test_an_engine_that_ends_takes_its_process_groups_with_it(pool: Pool, tmp_path: Path) -> None:
+    """DeepSpeed keeps its own for the next engine; ours have threads and sockets."""
+    for counts in pool.run(4, case_engines, path=str(tmp_path), deadline=DEADLINE):
+        assert counts[1:] == counts[:1] * 2
