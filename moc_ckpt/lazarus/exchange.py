@@ -221,7 +221,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, weights: Tensor, routes: Routes) -> Tensor:
+    def forward(ctx: Any, outputs: Tensor, weights: Tensor, routes: Routes, rows: Tensor) -> Tensor:
         ctx.routes = routes
         weights = weights.contiguous()
         out, home = routes.bring(outputs, weights)
@@ -230,10 +230,10 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         home, weights = ctx.saved_tensors
         rows, weight_grad = ctx.routes.bring_back(grads[0], home, weights)
-        return rows, weight_grad, None
+        return rows, weight_grad, None, None
 
 
 def dispatch(tokens: Tensor, routes: Routes) -> Tensor:
@@ -250,13 +250,15 @@ def dispatch(tokens: Tensor, routes: Routes) -> Tensor:
     return out
 
 
-def combine(outputs: Tensor, weights: Tensor, routes: Routes) -> Tensor:
+def combine(outputs: Tensor, weights: Tensor, routes: Routes, rows: Tensor) -> Tensor:
     """Brings the experts' outputs home and sums them per token; collective, as its backward pass is.
 
     Args:
         outputs: [rows, hidden], in the order that `dispatch` returned.
         weights: [T, k], of the routes.
         routes: those that `dispatch` used.
+        rows: what `dispatch` returned. Through it the backward pass of `dispatch`, which is collective, takes place on
+            every rank, also where no output depends on a row: experts may return a constant for no rows.
 
     Returns:
         [T, hidden] in the dtype of `outputs`.
@@ -264,7 +266,7 @@ def combine(outputs: Tensor, weights: Tensor, routes: Routes) -> Tensor:
     if torch.is_grad_enabled() and not outputs.requires_grad and not weights.requires_grad:
         # Experts of other ranks may be trained where this rank's are frozen: all ranks take part in backward, or none.
         outputs = outputs.detach().requires_grad_()
-    out: Tensor = _Combine.apply(outputs, weights, routes)
+    out: Tensor = _Combine.apply(outputs, weights, routes, rows)
     return out
 
 

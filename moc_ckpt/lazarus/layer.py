@@ -191,9 +191,9 @@ class _Core(nn.Module):
         routes = begun[0]
         self.exchange.marked("gate")
         rows = dispatch(tokens, routes)
-        rows = self.experts(rows, routes.local, routes.of_expert)
+        outputs = self.experts(rows, routes.local, routes.of_expert)
         self.exchange.marked("experts")
-        output = combine(rows, routing.weights, routes)
+        output = combine(outputs, routing.weights, routes, rows)
         return output.view(hidden_states.shape), routing.loss, routes.counts
 
 

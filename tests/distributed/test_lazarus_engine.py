@@ -60,11 +60,12 @@ def test_fifty_steps_follow_one_shared_model(pool: Pool, changes: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("frozen", "state"), [((1, 3), "replicated"), ((1, 3), "sharded"), (tuple(range(5)), "replicated")]
+    ("frozen", "state"),
+    [((1, 3), "replicated"), ((1, 3), "sharded"), ((1, 3, 4), "replicated"), (tuple(range(5)), "replicated")],
 )
 def test_frozen_experts(pool: Pool, frozen: tuple[int, ...], state: str) -> None:
-    """The last rank has only frozen ones of the second layer, and takes part in its exchanges; or all have."""
-    assert set(tools.PLACEMENTS[1][3]) == {1, 3}
+    """The last rank has only frozen ones of the second layer, or of both, and takes part in exchanges; or all have."""
+    assert set(tools.PLACEMENTS[1][3]) == {1, 3} and set(tools.PLACEMENTS[0][3]) == {1, 3, 4}
     setting = Setting(frozen=frozen, state=state)
     results = pool.run(WORLD, case_reference, setting=setting, steps=20)
     first = results[0]

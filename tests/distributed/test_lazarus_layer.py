@@ -316,6 +316,34 @@ def test_a_rank_without_trained_experts_takes_part_in_backward(pool: Any) -> Non
     assert pool.run(2, case_frozen, deadline=60.0) == [[True] * 4, []]
 
 
+def case_constant_for_nothing(ctx: Any) -> Any:
+    """All tokens go to expert 2, which rank 0 has; the experts of the others return a constant for no rows."""
+    import torch
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+    from moc_ckpt.lazarus.types import Placement
+
+    class Short(torch.nn.Linear):
+        def forward(self, rows: Any) -> Any:
+            return super().forward(rows) if len(rows) else rows.new_zeros(0, HIDDEN)
+
+    placement = Placement(3, ((0, 1, 2), *[(0, 1)] * (ctx.world - 1)))
+    layer = LazarusMoE(HIDDEN, lambda: Short(HIDDEN, HIDDEN), 3, placement=placement, seed=1).double()
+    with torch.no_grad():
+        layer.deepspeed_moe.gate.wg.weight.zero_()
+        layer.deepspeed_moe.gate.wg.weight[2] = 1.0
+    tokens = torch.ones(4, HIDDEN, dtype=torch.float64, requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    assert tokens.grad is not None
+    return float(tokens.grad.abs().sum())
+
+
+def test_experts_may_return_a_constant_for_no_rows(pool: Any) -> None:
+    """The exchanges of the backward pass take place on all ranks, whatever hangs together on one."""
+    found = pool.run(2, case_constant_for_nothing, deadline=60.0)
+    assert found[0] > 0 and found == [found[0]] * 2
+
+
 def case_world(ctx: Any) -> Any:
     from distributed.harness import attempt
     from moc_ckpt.lazarus.layer import LazarusMoE

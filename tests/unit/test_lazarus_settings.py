@@ -100,8 +100,7 @@ def test_deepspeeds_groups_of_experts_go_back_to_the_dense_ones(most: int | None
     assert [group["name"] for group in kept] == ["decay", "plain"]
     dense = {id(param) for param in model.parameters()} - {id(param) for param in experts}
     assert {id(param) for group in kept for param in group["params"]} == dense
-    assert found.followed == (0, 1)
-    assert found.group_of == {id(param): int(param.ndim < 2) for param in experts}
+    assert found.place_of == {id(param): int(param.ndim < 2) for param in experts}
 
 
 def test_deepspeeds_groups_in_an_optimizer() -> None:

@@ -58,15 +58,13 @@ def test_experts_go_with_the_group_they_were_in(built):
     left = optimizer.param_groups if built else kept
     assert [[id(p) for p in group["params"]] for group in left] == [[id(model.dense.weight)], [id(model.dense.bias)]]
     assert [group["weight_decay"] for group in left] == [0.1, 0.0]
-    assert found.followed == (0, 1)
-    assert found.group_of == {id(model.expert.weight): 0, id(model.expert.bias): 1}
+    assert found.place_of == {id(model.expert.weight): 0, id(model.expert.bias): 1}
 
 
 def test_all_parameters_are_one_group():
     model = Model()
-    kept, found = separate(model, None, None, None)
+    kept, _ = separate(model, None, None, None)
     assert [id(param) for param in kept] == [id(param) for param in model.dense.parameters()]
-    assert found.followed == (0,)
     kept, _ = separate(model, None, model.parameters(), None)
     assert len(kept) == 2
 
@@ -79,7 +77,7 @@ def test_a_group_of_experts_alone_goes_with_one_of_its_options():
     ]
     kept, found = separate(model, None, groups, None)
     assert len(kept) == 1
-    assert set(found.group_of.values()) == {0}
+    assert set(found.place_of.values()) == {0}
     groups[1]["lr"] = 0.2
     with pytest.raises(UnsupportedError, match="param group 1 has experts alone"):
         separate(model, None, groups, None)

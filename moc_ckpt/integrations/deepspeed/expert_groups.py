@@ -18,15 +18,15 @@ _NAMES = frozenset({"params", "name", "moe"})
 
 @dataclass(frozen=True, slots=True)
 class ExpertGroups:
-    """Which param group of DeepSpeed's optimizer each expert parameter goes with: it has that group's options.
+    """Which param group of DeepSpeed's optimizer each of this rank's expert parameters goes with.
+
+    An expert parameter has that group's options. Other ranks have other experts, so their groups may be others.
 
     Attributes:
-        followed: indices of the groups that experts go with, ascending, among those that DeepSpeed's optimizer keeps.
-        group_of: id of an expert parameter -> index into `followed`.
+        place_of: id of an expert parameter -> index of its group among those that DeepSpeed's optimizer keeps.
     """
 
-    followed: tuple[int, ...]
-    group_of: Mapping[int, int]
+    place_of: Mapping[int, int]
 
 
 def separate(
@@ -75,18 +75,15 @@ def separate(
     else:
         kept = left if grouped else left[0]["params"]
     places = [_place(group, index, left) if taken[index] else -1 for index, group in enumerate(groups)]
-    followed = tuple(sorted({place for place in places if place >= 0}))
-    group_of = {
-        id(param): followed.index(place) for place, members in zip(places, taken, strict=True) for param in members
-    }
+    place_of = {id(param): place for place, members in zip(places, taken, strict=True) for param in members}
     for name, param in model.named_parameters():
-        if _is_ours(param) and param.requires_grad and param.numel() and id(param) not in group_of:
+        if _is_ours(param) and param.requires_grad and param.numel() and id(param) not in place_of:
             raise UnsupportedError(
                 f"{name} requires a gradient, but is in no param group",
                 where="model_parameters of deepspeed.initialize",
                 fix="add it to a group, or freeze it with requires_grad_(False)",
             )
-    return kept, ExpertGroups(followed, group_of)
+    return kept, ExpertGroups(place_of)
 
 
 def _is_ours(param: Any) -> bool:

@@ -7,7 +7,7 @@ nor partitions an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +126,10 @@ class Preparation:
             MocError: on all ranks, if the engine is not supported or ranks disagree about the experts.
         """
         comm = Comm(rendezvous_s=_RENDEZVOUS_S, commit_s=_WORK_S)
-        layers = comm.agree("reading the experts", lambda: self._read(engine), wait="rendezvous")
+        # A rank may have no expert of a group, all of which are frozen, say.
+        used = comm.exchange("finding the experts' param groups", lambda: set(self._groups.place_of.values()))
+        followed = sorted(set().union(*used))
+        layers = comm.agree("reading the experts", lambda: self._read(engine, followed), wait="rendezvous")
         signatures = comm.exchange("comparing the experts", lambda: self._signature(layers))
         _check_alike(signatures)
         rebalancer = None
@@ -135,10 +138,11 @@ class Preparation:
             modules = [layer for _, layer in self._layers]
             # Alike on all ranks, so that they fail together.
             rebalancer = Rebalancer(engine, modules, self._settings, nodes, self._deadline_s)
-        return EngineReplicas(engine, layers, self._groups, self._settings.optimizer_state, rebalancer)
+        return EngineReplicas(engine, layers, followed, self._settings.optimizer_state, rebalancer)
 
-    def _read(self, engine: Any) -> list[LayerReplicas]:
+    def _read(self, engine: Any, followed: Sequence[int]) -> list[LayerReplicas]:
         _check_engine(engine)
+        group_of = {name: followed.index(place) for name, place in self._groups.place_of.items()}
         for _, layer in self._layers:
             layer.deepspeed_moe.experts.pack()  # the engine's cast has torn the weights apart
         return [
@@ -147,7 +151,7 @@ class Preparation:
                 layer.placement,
                 {
                     expert: [
-                        ExpertParam(inner, param, self._groups.group_of.get(id(param)) if param.requires_grad else None)
+                        ExpertParam(inner, param, group_of.get(id(param)) if param.requires_grad else None)
                         for inner, param in module.named_parameters()
                     ]
                     for expert, module in zip(
@@ -167,7 +171,7 @@ class Preparation:
             for expert, params in layer.experts.items()
         }
         placements = [(layer.where, layer.placement.num_experts, layer.placement.slots) for layer in layers]
-        return (placements, self._groups.followed, self._settings), experts
+        return (placements, self._settings), experts
 
 
 class EngineReplicas:
@@ -176,7 +180,7 @@ class EngineReplicas:
     Args:
         engine: a built engine.
         layers: the layers with replicas.
-        groups: which param groups of DeepSpeed's optimizer experts go with.
+        followed: indices of the param groups of DeepSpeed's optimizer that experts of any rank go with.
         state: where the experts' optimizer state is.
         rebalancer: looks for better placements; None for no look.
 
@@ -188,19 +192,19 @@ class EngineReplicas:
         self,
         engine: Any,
         layers: list[LayerReplicas],
-        groups: ExpertGroups,
+        followed: Sequence[int],
         state: State,
         rebalancer: Rebalancer | None = None,
     ) -> None:
         self._engine = engine
         self._rebalancer = rebalancer
         self._wrapper = engine.optimizer
-        self._followed = groups.followed
+        self._followed = tuple(followed)
         base = self._wrapper.optimizer
         self.replicas = ReplicaOptimizer(
             layers,
             base,
-            [_options(base.param_groups[index]) for index in groups.followed],
+            [_options(base.param_groups[index]) for index in followed],
             state=state,
             group=dist.group.WORLD,
             # DeepSpeed's mean over data-parallel ranks, which it also takes for its own experts.
@@ -285,7 +289,7 @@ class EngineReplicas:
 
 
 _Signature = tuple[
-    tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], tuple[int, ...], LazarusConfig],
+    tuple[list[tuple[str, int, tuple[tuple[int, ...], ...]]], LazarusConfig],
     dict[tuple[str, int], list[tuple[str, str, tuple[int, ...], int | None]]],
 ]
 
@@ -300,8 +304,8 @@ def _check_alike(signatures: list[_Signature]) -> None:
     for rank, (common, _) in enumerate(signatures):
         if common != signatures[0][0]:
             raise ModelMismatchError(
-                f"ranks 0 and {rank} differ in the MoE layers' placements, the experts' param groups or the section "
-                f"{LAZARUS_KEY} of the ds_config",
+                f"ranks 0 and {rank} differ in the MoE layers' placements or the section {LAZARUS_KEY} of the "
+                "ds_config",
                 where="deepspeed.initialize",
                 fix="build the model with the same placements, and give all ranks the same ds_config",
             )
@@ -350,6 +354,14 @@ def _check_model(model: torch.nn.Module, layers: list[tuple[str, LazarusMoE]]) -
         "a process group smaller than the world": any(layer.ranks != world for _, layer in layers),
     }
     _refuse([name for name, used in refused.items() if used])
+    for name, layer in layers:
+        for expert, module in zip(layer.expert_ids, layer.deepspeed_moe.experts.deepspeed_experts, strict=True):
+            if not any(param.numel() for param in module.parameters()):
+                raise UnsupportedError(
+                    f"expert {expert} of {name} has no parameters",
+                    where="deepspeed.initialize",
+                    fix="give the experts of LazarusMoE something to train, or use a plain module in its place",
+                )
 
 
 def _check_engine(engine: Any) -> None:
