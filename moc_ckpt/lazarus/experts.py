@@ -35,12 +35,12 @@ class LocalExperts(nn.Module):
 
     Args:
         expert: a module, or a function without arguments that makes one. A module is copied, and in every copy all
-            submodules with a `reset_parameters` draw their parameters anew; parameters of other submodules keep the
-            module's values, those of the group's first rank.
+            submodules with a `reset_parameters` draw their parameters anew, children before their parents; other
+            parameters keep the module's values, those of the group's first rank.
         expert_ids: the global ids of the experts, ascending.
         seed: the layer's seed, the same on all ranks of the group.
         group: the ranks that share the layer; None for this process alone. Making the experts is collective over it
-            if the module has parameters that cannot be drawn anew.
+            if `expert` is a module.
 
     Attributes:
         compute: "loop" calls one expert after the other; "grouped" uses torch's grouped GEMM where `grouped.can_group`;
@@ -132,17 +132,13 @@ def _drawn(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def _as_factory(template: nn.Module, group: Any) -> Callable[[], nn.Module]:
     """Returns what makes copies of a module with parameters drawn anew from the default generators."""
-    drawn = {
-        id(parameter)
-        for module in template.modules()
-        if callable(getattr(module, "reset_parameters", None))
-        for parameter in module.parameters()
-    }
-    _share([p for p in template.parameters() if id(p) not in drawn], group)
+    # Also of submodules that are drawn anew: their own method may leave some of them alone.
+    _share(template.parameters(), group)
 
     def make() -> nn.Module:
         module = copy.deepcopy(template)
-        for part in module.modules():
+        # Children first, as constructors do it: what a parent sets in them afterwards stays.
+        for part in reversed(list(module.modules())):
             reset = getattr(part, "reset_parameters", None)
             if callable(reset):
                 reset()

@@ -17,7 +17,7 @@ from moc_ckpt.lazarus.placement import mro
 from moc_ckpt.lazarus.ranks import join, split
 from moc_ckpt.lazarus.types import Placement
 
-__all__ = ["Costs", "LoadHistory", "Rebalance", "layer_seconds", "plan_rebalance"]
+__all__ = ["Costs", "LoadHistory", "Rebalance", "layer_seconds", "plan_rebalance", "slots_per_place"]
 
 _PerLayer = tuple[tuple[int, ...], ...]
 
@@ -196,13 +196,14 @@ def plan_rebalance(
     """Plans placements for the loads of late, and decides whether to move to them (pure).
 
     A layer whose imbalance the plan would not lower keeps its placement, unless an expert of it is on fewer nodes than
-    the plan would put it on and the fault threshold asks for. The gain is that of the others' most loaded
-    places over `steps` steps; the cost is that of the node that sends or receives most.
+    the plan would put it on and the fault threshold asks for: that is put right whatever it costs, and the other layers
+    move along if what they gain is more than what they add to the cost. The gain is that of the most loaded places over
+    `steps` steps; the cost is that of the node that sends or receives most.
 
     Args:
         current: for each MoE layer the present placement, of nodes; with `ranks_per_node` above 1 of ranks.
         loads: per layer and expert the tokens, such as `LoadHistory.loads`.
-        slots: c, slots of each place of `current`; None for as many as the fullest place of the layer has.
+        slots: c, slots of each place of `current`; None for as many as the places of the layer have, all alike.
         fault_threshold: f, as for `allocation.allocate`.
         steps: steps that the plan is meant for: the rebalance interval.
         costs: what steps and transfers take.
@@ -211,8 +212,8 @@ def plan_rebalance(
             another; the slots of a node are then shared out over its ranks.
 
     Raises:
-        ConfigError: if loads and placements are not of the same model, nodes have different numbers of ranks, or the
-            costs are not positive.
+        ConfigError: if loads and placements are not of the same model, nodes have different numbers of ranks, places
+            have different numbers of slots and none is given, or the costs are not positive.
         MocError: if an expert has no copy.
     """
     if len(current) != len(loads) or not current:
@@ -220,43 +221,68 @@ def plan_rebalance(
     numbers = (costs.layer_s, costs.expert_bytes, costs.bandwidth, costs.fixed_s)
     if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or not costs.bandwidth or steps < 0:
         raise ConfigError("costs are negative, or the bandwidth is not positive", where=str(costs))
+    rooms = [slots_per_place(now, layer=layer) if slots is None else slots for layer, now in enumerate(current)]
     present = [join(now, ranks_per_node) for now in current]
-    rooms = [max(map(len, now.slots)) if slots is None else slots for now in current]
-    plans, allocations, repaired = [], [], []
-    for layer, (now, tokens) in enumerate(zip(current, loads, strict=True)):
+    before: list[float] = []
+    wanted: list[tuple[Placement, Allocation] | None] = []
+    repaired = []
+    for layer, (now, nodes, tokens) in enumerate(zip(current, present, loads, strict=True)):
         if now.num_experts != len(tokens):
             raise ConfigError(
                 f"loads of {len(tokens)} experts for a placement of {now.num_experts}", where=layer_text(layer)
             )
-        plan, allocation = present[layer], None
-        if any(tokens):
-            nodes, room = len(plan.slots), rooms[layer] * ranks_per_node
-            found = allocate(tokens, nodes, room, fault_threshold, layer=layer)
-            wanted = even_out(mro(found.replicas, nodes, room, layer=layer), tokens)
-            lost = _fewest_nodes(plan) < min(found.fault_threshold, _fewest_nodes(wanted))
-            if lost:
-                repaired.append(layer)
-            if lost or imbalance(split(wanted, ranks_per_node, rooms[layer], tokens), tokens) < imbalance(now, tokens):
-                plan, allocation = wanted, found
-                if domains is not None:
-                    plan = spread_over_domains(wanted, domains)
-        plans.append(plan)
-        allocations.append(allocation)
-    migration = migrate(present, plans, domains=domains, plan_domains=domains)
-    placements = tuple(
-        now if allocation is None else split(moved.placement, ranks_per_node, room, tokens)
-        for now, allocation, moved, room, tokens in zip(
-            current, allocations, migration.layers, rooms, loads, strict=True
+        before.append(imbalance(now, tokens))
+        wanted.append(None)
+        if not any(tokens):
+            continue
+        count, room = len(nodes.slots), rooms[layer] * ranks_per_node
+        allocation = allocate(tokens, count, room, fault_threshold, layer=layer)
+        plan = even_out(mro(allocation.replicas, count, room, layer=layer), tokens)
+        lost = _fewest_nodes(nodes) < min(allocation.fault_threshold, _fewest_nodes(plan))
+        if lost:
+            repaired.append(layer)
+        if lost or imbalance(split(plan, ranks_per_node, rooms[layer], tokens), tokens) < before[layer]:
+            wanted[layer] = (plan if domains is None else spread_over_domains(plan, domains), allocation)
+
+    def moving(chosen: Sequence[tuple[Placement, Allocation] | None]) -> Rebalance:
+        plans = [now if move is None else move[0] for now, move in zip(present, chosen, strict=True)]
+        migration = migrate(present, plans, domains=domains, plan_domains=domains)
+        placements = tuple(
+            now if move is None else split(moved.placement, ranks_per_node, room, tokens)
+            for now, move, moved, room, tokens in zip(current, chosen, migration.layers, rooms, loads, strict=True)
         )
-    )
-    before = tuple(imbalance(now, tokens) for now, tokens in zip(current, loads, strict=True))
-    after = tuple(imbalance(planned, tokens) for planned, tokens in zip(placements, loads, strict=True))
-    gain = costs.layer_s * steps * sum(old - new for old, new in zip(before, after, strict=True))
-    busiest = max([0, *migration.sent.values(), *migration.received.values()])
-    moves = any(allocation is not None for allocation in allocations)
-    cost = busiest * costs.expert_bytes / costs.bandwidth + costs.fixed_s if moves else 0.0
-    worth_it = gain > cost or bool(repaired)
-    return Rebalance(worth_it, before, after, gain, cost, tuple(allocations), migration, placements, tuple(repaired))
+        after = tuple(imbalance(planned, tokens) for planned, tokens in zip(placements, loads, strict=True))
+        gain = costs.layer_s * steps * sum(old - new for old, new in zip(before, after, strict=True))
+        busiest = max([0, *migration.sent.values(), *migration.received.values()])
+        cost = busiest * costs.expert_bytes / costs.bandwidth + costs.fixed_s if any(chosen) else 0.0
+        allocations = tuple(move and move[1] for move in chosen)
+        worth_it = gain > cost or bool(repaired)
+        return Rebalance(
+            worth_it, tuple(before), after, gain, cost, allocations, migration, placements, tuple(repaired)
+        )
+
+    found = moving(wanted)
+    if repaired and len(repaired) < sum(move is not None for move in wanted):
+        needed = moving([move if layer in repaired else None for layer, move in enumerate(wanted)])
+        if found.gain_s - needed.gain_s <= found.cost_s - needed.cost_s:
+            return needed
+    return found
+
+
+def slots_per_place(placement: Placement, *, layer: int | None = None) -> int:
+    """Returns the number of slots that every place of a placement has.
+
+    Raises:
+        ConfigError: if it is not the same everywhere: nothing is planned for such places.
+    """
+    counts = {len(held) for held in placement.slots}
+    if len(counts) != 1:
+        raise ConfigError(
+            f"places have {', '.join(map(str, sorted(counts)))} slots, and placements are planned for equally many",
+            where=layer_text(layer),
+            fix="give every rank the same number of slots",
+        )
+    return counts.pop()
 
 
 def _fewest_nodes(placement: Placement) -> int:

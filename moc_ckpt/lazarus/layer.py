@@ -114,6 +114,12 @@ class LazarusMoE(nn.Module):
             group = dist.group.WORLD
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
+        if self.rank < 0:
+            raise ConfigError(
+                f"rank {dist.get_rank()} is not in the layer's group",
+                where=name,
+                fix="make the layer on the ranks of its group alone",
+            )
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.num_experts = num_experts
         self.use_residual = use_residual

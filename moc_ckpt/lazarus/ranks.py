@@ -64,10 +64,14 @@ def split(
             fix=f"give {-(-most // ranks_per_node)} slots per rank",
         )
     shares = work_per_slot(placement, loads) if loads is not None and ranks_per_node > 1 and room > 1 else None
+    # Nodes of one group of experts hold the same ones.
+    known: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     ranks: list[tuple[int, ...]] = []
     for experts in placement.slots:
-        held = _split_node(experts, ranks_per_node, room)
-        ranks += held if shares is None else _even_ranks(held, shares)
+        if experts not in known:
+            held = _split_node(experts, ranks_per_node, room)
+            known[experts] = held if shares is None else _even_ranks(held, shares)
+        ranks += known[experts]
     return Placement(placement.num_experts, tuple(ranks))
 
 

@@ -73,8 +73,11 @@ def even_shares(loads: Sequence[float], placement: Placement, *, sweeps: int = 2
         if moved <= tolerance * sum(loads) / max(1, places):
             break
     for expert in order:
-        for place, part in poured[expert].items():
-            table[place][expert] = round(_WHOLE * part / loads[expert])
+        weights = {place: round(_WHOLE * part / loads[expert]) for place, part in poured[expert].items()}
+        # A load that vanishes beside the others' is lost in rounding; where it goes does not matter.
+        if any(weights.values()):
+            for place, weight in weights.items():
+                table[place][expert] = weight
     return tuple(tuple(row) for row in table)
 
 

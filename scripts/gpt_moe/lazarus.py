@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def place_experts(args: argparse.Namespace, layers: int) -> list[Placement]:
             found = [_placements(args, layers)]
         except (MocError, SystemExit) as error:
             found = [str(error)]
+        except Exception as error:
+            found = [f"--lazarus: no placement: {type(error).__name__}: {error}"]
     # Also an error: the other ranks would wait for the placements of one that is gone.
     torch.distributed.broadcast_object_list(found)
     if isinstance(found[0], str):
@@ -95,7 +98,7 @@ def _placements(args: argparse.Namespace, layers: int) -> list[Placement]:
 
 def _planned(args: argparse.Namespace, layers: int, world: int, ranks_per_node: int) -> list[Placement] | None:
     """Return the placement of each layer that a run planned (REBALANCE_PLANNED); None if there is none to use."""
-    if args.lazarus_loads is None or not os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
+    if args.lazarus_loads is None or not _is_directory(args.lazarus_loads):
         return None
     from moc_ckpt.cli.placement_input import read_planned
 
@@ -120,6 +123,11 @@ def _planned(args: argparse.Namespace, layers: int, world: int, ranks_per_node: 
     return list(plan.placements) if fits else None
 
 
+def _is_directory(given: str) -> bool:
+    """Tell whether `--lazarus-loads` is a directory of checkpoints, and no numbers or file of numbers."""
+    return "://" in given or Path(given).is_dir()
+
+
 def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
     """Return the tokens of each expert by layer."""
     even = [[1.0] * args.num_experts] * layers
@@ -128,7 +136,7 @@ def _loads(args: argparse.Namespace, layers: int) -> list[list[float]]:
     from moc_ckpt.cli.placement_input import read_checkpoint, read_loads
 
     own = args.lazarus_loads in (args.load, args.save)
-    if own or os.path.isdir(args.lazarus_loads):  # noqa: PTH112 (it may be a URL)
+    if own or _is_directory(args.lazarus_loads):
         try:
             loads = read_checkpoint(args.lazarus_loads, None)
         except CheckpointNotFoundError:

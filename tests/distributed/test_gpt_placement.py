@@ -50,3 +50,25 @@ def test_loads_that_cannot_be_used_end_all_ranks(pool: Any, loads: str) -> None:
     found = pool.run(4, case_place, lazarus_loads=loads, deadline=60.0)
     assert all(isinstance(item, str) and item == found[0] for item in found), found
     assert "nowhere" in found[0] or "not those of this model" in found[0] or "load of expert 2 is nan" in found[0]
+
+
+def test_errors_that_nobody_thought_of_end_all_ranks_too(pool: Any, tmp_path: Path) -> None:
+    (tmp_path / "loads.json").write_text("[1, 2, 1" + "0" * 400 + "]")
+    found = pool.run(4, case_place, lazarus_loads=str(tmp_path / "loads.json"), deadline=60.0)
+    assert all(isinstance(item, str) and item == found[0] for item in found), found
+    assert "OverflowError" in found[0] or "load of expert 2" in found[0]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_plan_is_found_by_path_and_by_url(pool: Any, tmp_path: Path, scheme: str) -> None:
+    from moc_ckpt.events import EventKind, EventLog
+    from moc_ckpt.storage.store import open_store
+
+    slots = [[0, 0], [0, 1], [1, 2], [0, 2]]
+    log = EventLog(open_store(str(tmp_path)), "n")
+    # Ranks per node as rank 0 sees them, which plans for all.
+    log.write(EventKind.REBALANCE_PLANNED, step=7, placements=[slots] * 2, ranks_per_node=2)
+    found = pool.run(4, case_place, lazarus_loads=f"{scheme}{tmp_path}")
+    assert all(item == found[0] for item in found)
+    for held in slots:
+        assert str(tuple(held)) in str(found[0])

@@ -344,6 +344,57 @@ def test_experts_may_return_a_constant_for_no_rows(pool: Any) -> None:
     assert found[0] > 0 and found == [found[0]] * 2
 
 
+def case_template(ctx: Any) -> Any:
+    """An expert given as a module whose parent zeroes a child's weight, and leaves a parameter of its own alone."""
+    import torch
+
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    class Expert(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, HIDDEN)
+            self.scale = torch.nn.Parameter(torch.randn(2))
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            torch.nn.init.zeros_(self.last.weight)
+
+        def forward(self, rows: Any) -> Any:
+            return self.last(self.first(rows))
+
+    layer = LazarusMoE(HIDDEN, Expert(), 3, slots_per_rank=3, seed=1)
+    return {
+        f"{index}.{name}": value.tolist()
+        for index, module in zip(layer.expert_ids, layer.deepspeed_moe.experts.deepspeed_experts, strict=True)
+        for name, value in module.named_parameters()
+    }
+
+
+def test_a_template_is_drawn_as_its_constructor_does_and_alike_everywhere(pool: Any) -> None:
+    found = pool.run(2, case_template)
+    assert found[0] == found[1], "the ranks' templates had different values"
+    first = found[0]
+    assert all(not any(map(any, first[f"{index}.last.weight"])) for index in range(3))
+    assert first["0.first.weight"] != first["1.first.weight"] and first["0.scale"] == first["1.scale"]
+
+
+def case_outside(ctx: Any) -> Any:
+    import torch.distributed as dist
+
+    from distributed.harness import attempt
+    from moc_ckpt.lazarus.layer import LazarusMoE
+
+    alone = dist.new_group([0])
+    made = attempt(LazarusMoE, HIDDEN, lazarus.expert_module(HIDDEN, WIDE), 2, group=alone, slots_per_rank=2)
+    return (made or {}).get("text", "") if isinstance(made, dict) else ""
+
+
+def test_a_rank_outside_the_layers_group_is_told(pool: Any) -> None:
+    found = pool.run(2, case_outside)
+    assert "rank 1 is not in the layer's group" in found[1] and not found[0]
+
+
 def case_world(ctx: Any) -> Any:
     from distributed.harness import attempt
     from moc_ckpt.lazarus.layer import LazarusMoE

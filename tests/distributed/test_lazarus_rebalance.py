@@ -207,3 +207,49 @@ def test_a_threshold_above_the_number_of_nodes_is_refused(pool: Pool) -> None:
     for result in pool.run(WORLD, case_too_few_nodes):
         assert result["raised"] == "ConfigError"
         assert "lazarus.fault_threshold is 3, and there are 2 nodes" in result["text"]
+
+
+def case_stale(ctx: Any, path: str) -> dict[str, Any]:
+    """A directory has a plan of an earlier run; this one trains evenly, in another placement, then once more."""
+    from moc_ckpt.events import EventKind, EventLog
+    from moc_ckpt.storage.store import open_store
+
+    if ctx.rank == 0:
+        old = [[[0, 1, 2], [0, 3, 4], [1, 3, 5], [2, 4, 5]]] * 2
+        EventLog(open_store(path), "earlier").write(
+            EventKind.REBALANCE_PLANNED, step=1, placements=old, ranks_per_node=1
+        )
+    ctx.barrier()
+    seen = []
+    for _ in range(2):
+        engine = tools.build(setting(), plugin={"enabled": True})
+        route(engine, ("even", "even"))
+        for _ in range(2 * INTERVAL):
+            tools.train(engine, 1)
+            if engine.global_steps % INTERVAL == INTERVAL - 1:
+                engine.save_checkpoint(path)
+            assert engine.lazarus.wait(60 * TIME_SCALE)
+        harness.discard(engine)
+        harness.reset()
+        ctx.barrier()
+        seen.append([item["placements"] for item in events(path, 1)] if ctx.rank == 0 else [])
+        ctx.barrier()
+    return {"seen": seen, "plan": None}
+
+
+def test_a_plan_of_an_earlier_run_that_is_not_in_force_is_withdrawn_once(pool: Pool, ckpt_dir: str) -> None:
+    """Else a restart would go back to it, however long ago it was wanted."""
+    first, second = pool.run(WORLD, case_stale, path=ckpt_dir, deadline=120)[0]["seen"]
+    assert len(first) == 2 and first[-1] == [[list(held) for held in EVEN]] * 2
+    assert second == first
+
+
+def case_odd_slots(ctx: Any) -> dict[str, Any]:
+    odd = ((0, 1, 2), (3, 4, 5), (0, 1), (2, 3))
+    return harness.attempt(tools.build, setting().with_(placements=(EVEN, odd)), plugin={"enabled": True})
+
+
+def test_ranks_with_different_numbers_of_slots_are_not_planned_for(pool: Pool) -> None:
+    for result in pool.run(WORLD, case_odd_slots):
+        assert result["raised"] == "ConfigError"
+        assert "places have 2, 3 slots" in result["text"] and "MoE layer 1" in result["text"]

@@ -104,6 +104,30 @@ def test_a_lost_fault_threshold_is_put_right_whatever_it_costs() -> None:
     assert again.repaired == () and not again.worth_it
 
 
+def test_a_repair_does_not_take_along_what_does_not_pay() -> None:
+    """One layer has lost its threshold; the others would gain next to nothing, and something where steps are long."""
+    lost = Placement(4, ((0, 0), (1, 2), (2, 3), (3, 1)))
+    uneven = Placement(4, ((0, 1), (0, 1), (2, 3), (2, 3)))
+    current, loads = [lost, *[uneven] * 5], [[10] * 4, *[[12, 12, 10, 10]] * 5]
+    short = Costs(layer_s=1e-9, expert_bytes=1e9, bandwidth=1e9, fixed_s=5.0)
+    found = plan_rebalance(current, loads, slots=2, fault_threshold=2, steps=100, costs=short)
+    assert found.worth_it and found.repaired == (0,)
+    assert [item is not None for item in found.allocations] == [True, *[False] * 5]
+    assert found.placements[1:] == (uneven,) * 5
+    assert {item.layer for item in found.migration.transfers} == {0}
+    long = Costs(layer_s=10.0, expert_bytes=1e9, bandwidth=1e9, fixed_s=5.0)
+    found = plan_rebalance(current, loads, slots=2, fault_threshold=2, steps=100, costs=long)
+    assert found.repaired == (0,) and all(item is not None for item in found.allocations)
+    assert found.after[1:] == pytest.approx([1.0] * 5)
+
+
+def test_places_with_different_numbers_of_slots_are_refused() -> None:
+    """A plan for as many slots as the fullest place has could not be carried out."""
+    odd = Placement(3, ((0, 1, 2), (1,)))
+    with pytest.raises(ConfigError, match=r"(?s)places have 1, 3 slots.*MoE layer 0"):
+        plan_rebalance([odd], [[5, 1, 1]], slots=None, fault_threshold=1, steps=1, costs=COSTS)
+
+
 def test_racks_are_kept_apart() -> None:
     racks = (0, 0, 1, 1, 2, 2)
     found = plan_rebalance(

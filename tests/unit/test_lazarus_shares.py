@@ -96,3 +96,12 @@ def test_wrong_loads_are_refused() -> None:
     for loads in ([1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]):
         with pytest.raises(ConfigError):
             even_shares(loads, Placement(2, ((0, 1),)))
+
+
+@pytest.mark.parametrize("least", [1e-300, 1e-16, 1.69e-12, 1e-6])
+def test_a_vanishing_load_keeps_its_slots(least: float) -> None:
+    """Loads may be averages over a long time, in which an idle expert's gets smaller and smaller."""
+    placement = Placement(4, ((0, 1, 3), (0, 2), (1, 2, 3)))
+    shares = even_shares([least, 4096.0, 4096.0, 9000.0], placement)
+    check_shares(shares, placement)
+    assert sum(row[0] for row in shares) > 0

@@ -14,7 +14,7 @@ from moc_ckpt._version import __version__
 from moc_ckpt.comm import Comm
 from moc_ckpt.config import MocConfig
 from moc_ckpt.errors import ConfigError
-from moc_ckpt.events import EventKind, EventLog
+from moc_ckpt.events import Event, EventKind, EventLog, read_events
 from moc_ckpt.integrations.deepspeed.directories import Directories
 from moc_ckpt.integrations.deepspeed.fallback import find_and_read
 from moc_ckpt.integrations.deepspeed.load import LoadRequest, take_over
@@ -327,6 +327,17 @@ class MocCheckpoint:
         else:
             EventLog(open_store(url)).write(kind, attempt=attempt, step=step, **fields)
         return True
+
+    def events_of(self, kind: EventKind) -> list[Event] | None:
+        """Reads the events of a kind in the log of the directory that this run opened last. Not collective.
+
+        Any thread may call it.
+
+        Returns:
+            The events, the oldest first; None if there is no such directory.
+        """
+        found = self.directories.newest
+        return None if found is None else [item for item in read_events(open_store(found[0])) if item.event == kind]
 
     def held_memory(self, store: Store) -> HeldMemory | None:
         """Returns the memory that the run before left on this node, if it saved into this directory."""

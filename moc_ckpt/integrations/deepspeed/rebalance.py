@@ -20,7 +20,7 @@ from moc_ckpt.errors import ConfigError, RankError
 from moc_ckpt.events import EventKind
 from moc_ckpt.integrations.deepspeed.rounds import digest
 from moc_ckpt.lazarus.evenness import imbalance
-from moc_ckpt.lazarus.history import Costs, LoadHistory, Rebalance, layer_seconds, plan_rebalance
+from moc_ckpt.lazarus.history import Costs, LoadHistory, Rebalance, layer_seconds, plan_rebalance, slots_per_place
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.types import Placement
 from moc_ckpt.votes import Ballot, Votes
@@ -83,7 +83,7 @@ class Rebalancer:
         plan: the plan that a restart should carry out, equal on all ranks; None as long as moving does not pay.
 
     Raises:
-        ConfigError: if there are fewer nodes than the fault threshold.
+        ConfigError: if there are fewer nodes than the fault threshold, or ranks have different numbers of slots.
     """
 
     def __init__(
@@ -106,6 +106,8 @@ class Rebalancer:
                 fix=f"use at most {places}",
             )
         self._current: list[Placement] = [layer.placement for layer in layers]
+        for ordinal, placement in enumerate(self._current):
+            slots_per_place(placement, layer=ordinal)
         self._sizes = _sizes(engine.module, layers)
         self.plan: Rebalance | None = None
         self._history = LoadHistory.start([placement.num_experts for placement in self._current])
@@ -113,6 +115,7 @@ class Rebalancer:
         self._last_step, self._last_time = int(engine.global_steps), time.perf_counter()
         self._anew: tuple[int, Sequence[Any]] | None = None
         self._submitted = self._begun = 0
+        self._compared = False
         #: An event that no log has yet, because this run has opened no directory so far.
         self._unwritten: tuple[int, dict[str, Any]] | None = None
         self._votes = Votes(deadline_s=deadline_s)
@@ -190,20 +193,38 @@ class Rebalancer:
         )
         before, self.plan = self.plan, found if found.worth_it else None
         placements = None if self.plan is None else self.plan.placements
-        if placements == (None if before is None else before.placements):
-            return
-        if dist.get_rank() == 0:
+        same = placements == (None if before is None else before.placements)
+        if dist.get_rank() == 0 and not (same and (placements is not None or self._is_newest(self._current))):
             logger.info("%s; %s", found.text, "a restart carries it out" if found.worth_it else "experts stay")
             data = found.to_data()
             if not found.worth_it:
-                data |= {"placements": [[list(held) for held in now.slots] for now in self._current], "transfers": []}
+                data |= {"placements": _as_lists(self._current), "transfers": []}
             self._unwritten = (step, {**data, "ranks_per_node": self._ranks_per_node})
+            self._compared = True
+
+    def _is_newest(self, placements: Sequence[Placement]) -> bool:
+        """Tells whether the directory has no plan of an earlier run, or one that is in force; asked until it is known.
+
+        A run may have gone on in another placement than the one that was planned: a restart must not go back to that.
+        """
+        if not self._compared:
+            plans = self._engine.moc.events_of(EventKind.REBALANCE_PLANNED)
+            if plans is None:  # no directory yet
+                return True
+            self._compared = True
+            if plans:
+                return bool(plans[-1].fields.get("placements") == _as_lists(placements))
+        return True
 
     def _write(self) -> None:
         if self._unwritten is not None:
             step, data = self._unwritten
             if self._engine.moc.log_event(EventKind.REBALANCE_PLANNED, step, data):
                 self._unwritten = None
+
+
+def _as_lists(placements: Sequence[Placement]) -> list[list[list[int]]]:
+    return [[list(held) for held in placement.slots] for placement in placements]
 
 
 def _of(rebalancer: Rebalancer, look: _Look) -> Any:
