@@ -203,7 +203,12 @@ def discard(engine: Any) -> None:
     close = getattr(getattr(engine, "moc", None), "close", None)
     if callable(close):
         close()
+    wrapper = engine.optimizer
     engine.destroy()
+    if getattr(wrapper, "cpu_offload", False):
+        # Hooks of gradients that are offloaded hold their optimizer, which holds the parameters: a cycle that Python
+        # does not see, with the engine and its process groups (two threads and a socket per rank each) in it.
+        vars(wrapper).clear()
 
 
 def reset() -> None:
