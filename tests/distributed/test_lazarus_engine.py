@@ -273,7 +273,7 @@ def case_refused(ctx: Any, setting: Setting, rank_of_other: int | None = None) -
         ({"config": (("tensor_parallel", {"autotp_size": 2}),)}, "tensor parallelism (TP)"),
         ({"config": (("sequence_parallel_size", 2),)}, "sequence parallelism"),
         ({"config": (("lazarus", {"optimizer_stat": "sharded"}),)}, "did you mean 'optimizer_state'"),
-        ({"config": (("lazarus", {"optimizer_state": "halved"}),)}, "replicated or sharded"),
+        ({"config": (("lazarus", {"optimizer_state": "halved"}),)}, "'replicated' or 'sharded'"),
         ({"config": (("optimizer", {"type": "Adagrad", "params": {"lr": 0.1}}),)}, "Adagrad"),
         (
             {"stage": 1, "dtype": "bf16", "config": (("data_types", {"grad_accum_dtype": "fp32"}),)},
