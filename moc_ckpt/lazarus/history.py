@@ -17,7 +17,7 @@ from moc_ckpt.lazarus.placement import mro
 from moc_ckpt.lazarus.ranks import join, split
 from moc_ckpt.lazarus.types import Placement
 
-__all__ = ["Costs", "LoadHistory", "Rebalance", "layer_seconds", "plan_rebalance", "slots_per_place"]
+__all__ = ["Costs", "LoadHistory", "Rebalance", "as_lists", "layer_seconds", "plan_rebalance", "slots_per_place"]
 
 _PerLayer = tuple[tuple[int, ...], ...]
 
@@ -154,7 +154,7 @@ class Rebalance:
             "imbalance_before": list(self.before),
             "imbalance_after": list(self.after),
             "repaired_layers": list(self.repaired),
-            "placements": [[list(held) for held in placement.slots] for placement in self.placements],
+            "placements": as_lists(self.placements),
             "transfers": [
                 {
                     "layer": item.layer,
@@ -165,6 +165,11 @@ class Rebalance:
                 for item in self.migration.transfers
             ],
         }
+
+
+def as_lists(placements: Sequence[Placement]) -> list[list[list[int]]]:
+    """Returns placements as an event has them: per layer and place its experts."""
+    return [[list(held) for held in placement.slots] for placement in placements]
 
 
 def layer_seconds(step_s: float, dense: float, active: float, imbalances: Sequence[float]) -> float:

@@ -63,8 +63,9 @@ def test_experts_go_with_the_group_they_were_in(built):
 
 def test_all_parameters_are_one_group():
     model = Model()
-    kept, _ = separate(model, None, None, None)
+    kept, found = separate(model, None, None, None)
     assert [id(param) for param in kept] == [id(param) for param in model.dense.parameters()]
+    assert set(found.place_of.values()) == {0}
     kept, _ = separate(model, None, model.parameters(), None)
     assert len(kept) == 2
 

@@ -20,7 +20,15 @@ from moc_ckpt.errors import ConfigError, RankError
 from moc_ckpt.events import EventKind
 from moc_ckpt.integrations.deepspeed.rounds import digest
 from moc_ckpt.lazarus.evenness import imbalance
-from moc_ckpt.lazarus.history import Costs, LoadHistory, Rebalance, layer_seconds, plan_rebalance, slots_per_place
+from moc_ckpt.lazarus.history import (
+    Costs,
+    LoadHistory,
+    Rebalance,
+    as_lists,
+    layer_seconds,
+    plan_rebalance,
+    slots_per_place,
+)
 from moc_ckpt.lazarus.layer import LazarusMoE
 from moc_ckpt.lazarus.types import Placement
 from moc_ckpt.votes import Ballot, Votes
@@ -198,7 +206,7 @@ class Rebalancer:
             logger.info("%s; %s", found.text, "a restart carries it out" if found.worth_it else "experts stay")
             data = found.to_data()
             if not found.worth_it:
-                data |= {"placements": _as_lists(self._current), "transfers": []}
+                data |= {"placements": as_lists(self._current), "transfers": []}
             self._unwritten = (step, {**data, "ranks_per_node": self._ranks_per_node})
             self._compared = True
 
@@ -213,7 +221,7 @@ class Rebalancer:
                 return True
             self._compared = True
             if plans:
-                return bool(plans[-1].fields.get("placements") == _as_lists(placements))
+                return bool(plans[-1].fields.get("placements") == as_lists(placements))
         return True
 
     def _write(self) -> None:
@@ -221,10 +229,6 @@ class Rebalancer:
             step, data = self._unwritten
             if self._engine.moc.log_event(EventKind.REBALANCE_PLANNED, step, data):
                 self._unwritten = None
-
-
-def _as_lists(placements: Sequence[Placement]) -> list[list[list[int]]]:
-    return [[list(held) for held in placement.slots] for placement in placements]
 
 
 def _of(rebalancer: Rebalancer, look: _Look) -> Any:
